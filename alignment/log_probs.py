@@ -1,0 +1,260 @@
+"""Log-probabilities of completions under a causal language model: one engine for every trainer.
+
+Rows that share a prompt (the two answers of a preference pair, the G completions of a group) are laid end to end
+behind one copy of it, and all groups of a batch form a single row without padding:
+
+    prompt₁ a₁ a₂ … prompt₂ b₁ b₂ …
+
+Attention lets a completion see its prompt and itself; positions restart after the prompt for every completion. The
+prompt is computed once, no padding is computed, and the LM head runs only where a token of the policy is predicted.
+:func:`padded_log_probs` is the plain way to compute the same numbers, one padded row per completion: the truth that
+the packed path is tested against, and the way for models that cannot take it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from aligngym.core.trajectories import PADDING, Trajectories
+
+#: The name under which transformers knows :func:`shared_prompt_attention`.
+SHARED_PROMPT_ATTENTION = "aligngym_shared_prompt"
+
+#: Logits computed at once, about this many numbers: 64 MiB in float32.
+LOGITS_PER_CHUNK = 2**24
+
+
+def tokens_of(trajectories: Trajectories) -> list[tuple[Tensor, Tensor]]:
+    """Return each row's prompt and completion tokens, without padding.
+
+    Raises:
+        ValueError: if a row has no prompt, or no token that the policy wrote.
+    """
+    prompts = [row[row != PADDING] for row in trajectories.observations]
+    completions = [row[row != PADDING] for row in trajectories.actions]
+    for number, (prompt, acted) in enumerate(zip(prompts, trajectories.mask, strict=True)):
+        if not len(prompt) or not acted.any():
+            raise ValueError(f"row {number} of the batch has an empty {'completion' if len(prompt) else 'prompt'}")
+    return list(zip(prompts, completions, strict=True))
+
+
+@dataclass
+class Packing:
+    """A batch of trajectories as one row of N tokens, M of which were written by the policy.
+
+    Attributes:
+        input_ids: ``[1, N]``.
+        position_ids: ``[1, N]``, counted from 0 in each prompt, and on from its end in each completion.
+        groups: for each group the length of its prompt and the lengths of its completions in the packed row.
+        predictors: ``[M]``, the places in the packed row whose hidden states predict the policy's tokens.
+        targets: ``[M]``, those tokens.
+        places: the rows and columns of ``[B, T]`` that the M numbers belong to.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    groups: list[tuple[int, list[int]]]
+    predictors: Tensor
+    targets: Tensor
+    places: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, trajectories: Trajectories) -> Packing:
+        """Pack rows by ``trajectories.group``; without groups every row stands alone.
+
+        Raises:
+            ValueError: if rows of one group have different prompts, or a row is empty.
+        """
+        device = trajectories.actions.device
+        # The layout is made of many small index operations: on the host they cost nothing.
+        host = trajectories.to("cpu")
+        rows = tokens_of(host)
+        groups: dict[int, list[int]] = {}
+        for row, group in enumerate(range(len(rows)) if host.group is None else host.group.tolist()):
+            groups.setdefault(group, []).append(row)
+
+        pieces, positions, layout, predictors, places = [], [], [], [], []
+        end = 0
+        for members in groups.values():
+            prompt = rows[members[0]][0]
+            pieces.append(prompt)
+            positions.append(torch.arange(len(prompt)))
+            end += len(prompt)
+            last_of_prompt = torch.tensor([end - 1])
+            lengths = []
+            for row in members:
+                if not torch.equal(rows[row][0], prompt):
+                    raise ValueError(f"rows {members[0]} and {row} are of one group and have different prompts")
+                completion = rows[row][1]
+                # The first token is predicted by the prompt's last, every other by the one before it; so the last
+                # token predicts nothing and is left out.
+                length = len(completion) - 1
+                acted = host.mask[row, : len(completion)].nonzero()[:, 0]
+                predictors.append(torch.cat([last_of_prompt, end + torch.arange(length)])[acted])
+                places.append(torch.stack([torch.full_like(acted, row), acted]))
+                pieces.append(completion[:-1])
+                positions.append(len(prompt) + torch.arange(length))
+                lengths.append(length)
+                end += length
+            layout.append((len(prompt), lengths))
+        row_index, column_index = torch.cat(places, dim=1).to(device)
+        return cls(
+            input_ids=torch.cat(pieces)[None].to(device),
+            position_ids=torch.cat(positions)[None].to(device),
+            groups=layout,
+            predictors=torch.cat(predictors).to(device),
+            targets=trajectories.actions[row_index, column_index],
+            places=(row_index, column_index),
+        )
+
+    def scatter(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """Return ``[B, T]`` with the M numbers in their places and 0 elsewhere."""
+        return numbers.new_zeros(shape).index_put(self.places, numbers)
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each group of a packed row; without a packing, as transformers' own SDPA does.
+
+    Shapes are transformers': ``[1, heads, N, head_dim]`` in, ``[1, N, heads, head_dim]`` out.
+
+    Raises:
+        NotImplementedError: for attention that is more than a softmax over what the mask lets through.
+    """
+    if packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for option in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(option) is not None:
+            raise NotImplementedError(f"packed attention has no {option}")
+    longest = max(prompt + max(lengths) for prompt, lengths in packing.groups)
+    if kwargs.get("sliding_window") is not None and longest > kwargs["sliding_window"]:
+        raise NotImplementedError(f"packed attention over {longest} tokens, more than the model's sliding window")
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    start = 0
+    for prompt, lengths in packing.groups:
+        shared = slice(start, start + prompt)
+        start += prompt
+        for number, length in enumerate(lengths):
+            own = slice(start, start + length)
+            start += length
+            # Prompt and completion make one plainly causal sequence, which every fast kernel knows how to do; that
+            # the prompt attends again for each completion costs less than a mask over the group would.
+            q, k, v = (torch.cat([x[:, :, shared], x[:, :, own]], dim=2) for x in (query, key, value))
+            output = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
+            outputs.append(output if number == 0 else output[:, :, prompt:])
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SHARED_PROMPT_ATTENTION, shared_prompt_attention)
+AttentionMaskInterface.register(SHARED_PROMPT_ATTENTION, sdpa_mask)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(h Wᵀ + b)[y] for M hidden states h, with the logits of one chunk in memory at a time.
+
+    The gradient with respect to h is W[y] − Σ_v p_v W[v] whatever the loss, so it is computed while the chunk's
+    logits are there; nothing of the size of the vocabulary is kept or computed again. For a frozen head only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        size = max(1, LOGITS_PER_CHUNK // len(weight))
+        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        jacobian = torch.empty_like(hidden) if needs_gradient else None
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            # Not logsumexp: on a processor its plain float32 sum loses two digits over a whole vocabulary.
+            log_table = F.linear(hidden[rows], weight, bias).float().log_softmax(dim=1)
+            log_probs[rows] = log_table.gather(1, targets[rows, None])[:, 0]
+            if jacobian is not None:
+                jacobian[rows] = weight[targets[rows]] - log_table.exp_().to(weight.dtype) @ weight
+        ctx.save_for_backward(jacobian)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (jacobian,) = ctx.saved_tensors
+        return jacobian * gradients[0][:, None].to(jacobian.dtype), None, None, None
+
+
+def packed_log_probs(model: PreTrainedModel, trajectories: Trajectories) -> Tensor:
+    """Return ``[B, T]`` log π(token) by the packed path, 0 where ``mask`` is false.
+
+    Args:
+        model: a transformers causal language model that runs :data:`SHARED_PROMPT_ATTENTION`.
+        trajectories: prompts, completions and the mask of the tokens that the policy wrote.
+    """
+    packing = Packing.of(trajectories)
+    hidden = model.base_model(
+        input_ids=packing.input_ids,
+        position_ids=packing.position_ids,
+        # Any four-dimensional mask keeps transformers from making its own of N × N; the packing says who sees whom.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packing.input_ids.device),
+        use_cache=False,
+        packing=packing,
+    ).last_hidden_state[0]
+    head = cast(nn.Linear, model.get_output_embeddings())
+    log_probs = TokenLogProbs.apply(hidden[packing.predictors], head.weight, head.bias, packing.targets)
+    return packing.scatter(log_probs, trajectories.mask.shape)
+
+
+def padded_log_probs(
+    model: PreTrainedModel, trajectories: Trajectories, *, entropy: bool = False, padding_side: str = "left"
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``[B, T]`` log π(token), and entropies if asked, one padded row per completion and all logits at once.
+
+    Args:
+        model: any transformers causal language model.
+        trajectories: prompts, completions and the mask of the tokens that the policy wrote.
+        entropy: whether to compute the entropy of each prediction as well.
+        padding_side: where the padding of the rows goes, "left" or "right"; the result does not depend on it.
+    """
+    device = trajectories.actions.device
+    rows = tokens_of(trajectories)
+    sequences = [torch.cat(row) for row in rows]
+    longest = max(map(len, sequences))
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    attends = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
+    first = torch.empty(len(rows), 1, dtype=torch.long, device=device)
+    for row, ((prompt, _), sequence) in enumerate(zip(rows, sequences, strict=True)):
+        start = longest - len(sequence) if padding_side == "left" else 0
+        input_ids[row, start : start + len(sequence)] = sequence
+        attends[row, start : start + len(sequence)] = True
+        first[row] = start + len(prompt)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attends,
+        position_ids=(attends.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).logits
+    mask = trajectories.mask
+    # The logits that predict column t of the actions stand one place before that token.
+    before = (first + torch.arange(mask.shape[1], device=device) - 1).clamp(max=longest - 1)
+    log_table = logits.gather(1, before[..., None].expand(-1, -1, logits.shape[-1])).float().log_softmax(dim=-1)
+    log_probs = log_table.gather(-1, trajectories.actions.where(mask, 0)[..., None])[..., 0].where(mask, 0.0)
+    if not entropy:
+        return log_probs, None
+    return log_probs, -(log_table.exp() * log_table).sum(dim=-1).where(mask, 0.0)

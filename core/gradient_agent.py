@@ -1,0 +1,171 @@
+"""The training loop: a batch becomes a loss, the loss a step. There is no second one."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from contextlib import nullcontext
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from aligngym.core.agent import Agent
+from aligngym.core.callbacks import Metrics
+from aligngym.core.policy import Policy
+from aligngym.core.randomness import seeded
+from aligngym.core.schedules import Schedule, as_schedule
+from aligngym.core.trajectories import Rows
+
+Batch = TypeVar("Batch", bound=Rows)
+
+
+class GradientAgent(Agent, Generic[Batch]):
+    """An agent that improves a policy by gradient steps.
+
+    A subclass says where a batch comes from (:meth:`next_batch`) and what its losses are (:meth:`losses`). A batch is
+    what one optimiser step sees, on all devices together; it may be computed in pieces of ``micro_batch_size`` rows to
+    save memory. The sum of all pieces' losses is divided by the weight of the whole batch, so that neither pieces nor
+    devices change the step.
+
+    Args:
+        policy: what is trained.
+        learning_rate: a number, or a :class:`Schedule` over iterations.
+        optimizer: a torch optimiser over the policy's parameters; AdamW without weight decay by default.
+        micro_batch_size: rows computed at once on one device; ``None`` computes a batch in one piece.
+        max_grad_norm: gradients longer than this are shortened to it; ``None`` leaves them.
+        seed: of everything random in training.
+        accelerator: for several devices or mixed precision; a plain one by default.
+
+    Raises:
+        ValueError: if nothing in the policy can be trained, or a size is not positive.
+    """
+
+    unit = "step"
+    headline: tuple[str, ...] = ("loss",)
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        learning_rate: float | Schedule,
+        optimizer: torch.optim.Optimizer | None = None,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        seed: int = 0,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ValueError("no parameter of the policy requires a gradient, so there is nothing to train")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is a number of rows, at least 1, not {micro_batch_size}")
+        self.policy = policy
+        self.schedule = as_schedule(learning_rate)
+        self.micro_batch_size = micro_batch_size
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.accelerator = accelerator or Accelerator()
+        if optimizer is None:
+            optimizer = torch.optim.AdamW(trainable, lr=self.schedule(0), weight_decay=0.0)
+        # The wrapped model synchronises gradients between devices; on one device it is the policy itself.
+        self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
+
+    @abstractmethod
+    def next_batch(self) -> Batch:
+        """Return this process's share of the batch for iteration ``self.iteration``."""
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return one loss per row or per action, and metrics likewise, each already multiplied by its weight."""
+
+    def weight(self, batch: Batch) -> float:
+        """What the sum of a batch's losses is divided by: its number of rows, unless rows have weights."""
+        return float(len(batch))
+
+    def iterate(self) -> Metrics:
+        """Take one optimiser step on the next batch."""
+        return self.step(self.next_batch())
+
+    def step(self, batch: Batch) -> Metrics:
+        """Take one optimiser step on ``batch``, piece by piece, and return the weighted means of the metrics.
+
+        Raises:
+            FloatingPointError: if the loss or its gradient is not finite; the policy is then as it was.
+        """
+        self.model.train()
+        metrics = self.backward(batch)
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or float("inf"))
+        metrics |= {"gradient_norm": float(norm), "learning_rate": self.schedule(self.iteration)}
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(metrics[name]):
+                raise FloatingPointError(f"iteration {self.iteration}: the {name} is {metrics[name]}; nothing changed")
+        for group in self.optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return metrics
+
+    def backward(self, batch: Batch) -> Metrics:
+        """Accumulate the gradient of the mean loss of ``batch``, and return the mean of every metric."""
+        accelerator = self.accelerator
+        weight = accelerator.reduce(torch.tensor(self.weight(batch), device=accelerator.device), "sum")
+        sums: dict[str, Tensor] = {}
+        pieces = list(batch.split(self.micro_batch_size or len(batch)))
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with (
+                seeded(self.seed, self.iteration, accelerator.process_index, number),
+                nullcontext() if last else accelerator.no_sync(self.model),
+            ):
+                losses, metrics = self.losses(piece.to(accelerator.device))
+                # Devices average their gradients, and their losses are parts of one sum.
+                accelerator.backward(losses.sum() * accelerator.num_processes / weight)
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] = sums.get(name, 0) + values.detach().sum() / weight
+        totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
+        return dict(zip(sums, totals.tolist(), strict=True))
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.accelerator.is_main_process
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trained parameters and the optimiser's state; all randomness follows from the seed and the iteration."""
+        return {"policy": self.policy.trainable_state(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self.policy.load_trainable_state(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class EpochOrder:
+    """Which rows of a dataset make up each batch: a new permutation every epoch, a function of the step alone.
+
+    Because nothing is remembered between steps, training resumes at any step with the same batches.
+
+    Args:
+        size: rows of the dataset.
+        batch_size: rows of a batch; the last batch of an epoch is smaller if they do not divide.
+        seed: of the permutations.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        if size < 1 or batch_size < 1:
+            raise ValueError(f"an order needs at least one row and batches of at least one, not {size}, {batch_size}")
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches cover the dataset once."""
+        return -(-self.size // self.batch_size)
+
+    def __call__(self, step: int) -> Tensor:
+        """Return the row numbers of batch ``step``, counted from 0."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(self.size, generator=generator)
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]

@@ -1,0 +1,140 @@
+"""Every loss of the project, once: pure functions of log-probabilities.
+
+Each returns one loss per action or per pair and leaves the sum to the training loop, which divides by the size of the
+whole batch, so that micro-batches and several devices give the same gradient as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def score_function(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """Return −A·log π(a|s), whose gradient is the policy gradient.
+
+    E[∇ log π · A] is ∇J for any advantage that does not depend on the action beyond its expectation:
+    R. Williams, 1992; R. Sutton and A. Barto, *Reinforcement Learning*, 2nd ed., section 13.3.
+
+    Args:
+        log_probs: log π(a|s), any shape.
+        advantages: A, same shape; no gradient flows into it.
+    """
+    return -log_probs * advantages.detach()
+
+
+def clipped_surrogate(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float = 0.2, clip_high: float | None = None
+) -> Tensor:
+    """Return −min(ρA, clip(ρ, 1−ε, 1+ε')A) with ρ = π(a|s)/π_old(a|s).
+
+    J. Schulman et al., *Proximal policy optimization algorithms*, 2017, eq. 7; another ``clip_high`` ε' is DAPO's
+    asymmetric clip (Q. Yu et al., 2025).
+
+    Args:
+        log_probs: log π(a|s), any shape.
+        old_log_probs: log-probabilities under the policy that acted, same shape.
+        advantages: A, same shape.
+        clip: ε in (0, 1).
+        clip_high: ε', ``clip`` by default.
+    """
+    ratio = (log_probs - old_log_probs.detach()).exp()
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    advantages = advantages.detach()
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def value_regression(
+    values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip: float | None = None
+) -> Tensor:
+    """Return ½(V − G)², or PPO's pessimistic version that ignores moves of V beyond ``clip`` from ``old_values``.
+
+    Raises:
+        ValueError: if ``clip`` is given without ``old_values``.
+    """
+    loss = (values - returns.detach()) ** 2
+    if clip is not None:
+        if old_values is None:
+            raise ValueError("a clipped value loss needs old_values, the values it must stay close to")
+        near = old_values.detach() + (values - old_values.detach()).clamp(-clip, clip)
+        loss = torch.maximum(loss, (near - returns.detach()) ** 2)
+    return loss / 2
+
+
+def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, kind: str = "k3") -> Tensor:
+    """Return a sample estimate of KL(π‖π_ref) at actions drawn from π, with r = π_ref(a|s)/π(a|s).
+
+    ========  ===================  ==========================  =====================================
+    ``kind``  value                as a reward (no gradient)   as a loss (its gradient)
+    ========  ===================  ==========================  =====================================
+    k1        −log r               unbiased, may be negative   0 in expectation: never a loss
+    k2        ½(log r)²            biased, not negative        ∇KL(π‖π_ref) in expectation
+    k3        r − 1 − log r        unbiased, not negative      ∇KL(π_ref‖π) in expectation
+    ========  ===================  ==========================  =====================================
+
+    J. Schulman, *Approximating KL divergence*, 2020, for the values; the gradients follow from E_π[∇ log π] = 0.
+
+    Raises:
+        ValueError: for another ``kind``.
+    """
+    log_ratio = reference_log_probs.detach() - log_probs
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return log_ratio**2 / 2
+    if kind == "k3":
+        return log_ratio.expm1() - log_ratio
+    raise ValueError(f"kind is 'k1', 'k2' or 'k3', not {kind!r}")
+
+
+def bradley_terry(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return −(1−ε) log σ(margin) − ε log σ(−margin), the cross-entropy of P(chosen ≻ rejected) = σ(margin).
+
+    R. Bradley and M. Terry, 1952. It is the loss of a reward model (margin of scores) and of DPO (margin of implicit
+    rewards); ε > 0 is the share of labels believed to be flipped (*conservative* DPO, E. Mitchell, 2023).
+    """
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def robust_bradley_terry(margin: Tensor, label_smoothing: float) -> Tensor:
+    """Return the loss whose expectation under labels flipped with probability ε is the loss on clean labels.
+
+    −[(1−ε) log σ(m) − ε log σ(−m)] / (1−2ε): S. Chowdhury et al., *Provably robust DPO*, 2024, eq. 12.
+    """
+    clean, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+#: A preference loss takes the pair's log-ratio difference h and returns one loss per pair.
+PreferenceLoss = Callable[..., Tensor]
+
+
+def sigmoid_preference(h: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO, −log σ(βh): R. Rafailov et al., 2023, eq. 7; with label smoothing, conservative DPO."""
+    return bradley_terry(beta * h, label_smoothing)
+
+
+def robust_preference(h: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Robust DPO, unbiased under labels flipped with probability ``label_smoothing``."""
+    return robust_bradley_terry(beta * h, label_smoothing)
+
+
+def ipo_preference(h: Tensor, *, beta: float) -> Tensor:
+    """IPO, (h − 1/(2β))²: M. Azar et al., *A general theoretical paradigm…*, 2023, eq. 17 with τ = β."""
+    return (h - 1 / (2 * beta)) ** 2
+
+
+def hinge_preference(h: Tensor, *, beta: float) -> Tensor:
+    """SLiC's hinge on the implicit reward, max(0, 1 − βh): Y. Zhao et al., 2023; T. Liu et al. (RSO), 2023."""
+    return F.relu(1 - beta * h)
+
+
+def simpo_preference(h: Tensor, *, beta: float, target_margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+    """SimPO, −log σ(βh − γ), where h is the difference of *mean* log-probabilities and there is no reference.
+
+    Y. Meng et al., 2024, eq. 6; ``target_margin`` is γ.
+    """
+    return bradley_terry(beta * h - target_margin, label_smoothing)
