@@ -91,7 +91,7 @@ class LanguagePolicy(Policy):
             wrapped.load_adapter(adapter, REFERENCE_ADAPTER, is_trainable=False)
         # Adapters remember what they belong to; a cache folder would mean nothing elsewhere.
         wrapped.peft_config["default"].base_model_name_or_path = str(name)
-        return cls(wrapped, tokenizer, packed=packed and use_shared_prompt_attention(model))
+        return cls(wrapped, tokenizer, packed=packed)
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -120,7 +120,10 @@ class LanguagePolicy(Policy):
         with self._computing():
             # Entropies need all logits anyway, and a trained head needs gradients that the packed path leaves out.
             if self.packed and not entropy and not causal.get_output_embeddings().weight.requires_grad:
-                return Evaluation(packed_log_probs(causal, trajectories))
+                try:
+                    return Evaluation(packed_log_probs(causal, trajectories))
+                except NotImplementedError as error:
+                    warnings.warn(f"{error}; using padded rows for such batches, which is slower", stacklevel=2)
             return Evaluation(*padded_log_probs(causal, trajectories, entropy=entropy))
 
     @torch.no_grad()
@@ -225,14 +228,19 @@ class LanguagePolicy(Policy):
         was_training = self.training
         self.eval()
         causal = self.causal_model
-        try:
-            with self._computing():
-                packed, (padded, _) = packed_log_probs(causal, probe), padded_log_probs(causal, probe)
-            agrees = torch.allclose(packed, padded, atol=1e-4 if self.dtype == torch.float32 else 0.2)
-        except (NotImplementedError, TypeError, AttributeError):
-            agrees = False
+        own_attention = causal.config._attn_implementation
+        with self._computing():
+            padded, _ = padded_log_probs(causal, probe)
+            try:
+                agrees = use_shared_prompt_attention(causal) and torch.allclose(
+                    packed_log_probs(causal, probe), padded, atol=1e-4 if self.dtype == torch.float32 else 0.2
+                )
+            except Exception:  # A model that knows nothing of packing may fail at it in any way.
+                agrees = False
         self.train(was_training)
         if not agrees:
+            # Some models have no other attention that is right: Gemma 2 caps its scores, which SDPA cannot.
+            causal.set_attn_implementation(own_attention)
             warnings.warn(
                 f"{type(causal).__name__} cannot share prompts between completions; using padded rows, which is slower",
                 stacklevel=3,

@@ -36,13 +36,17 @@ def tokens_of(trajectories: Trajectories) -> list[tuple[Tensor, Tensor]]:
     """Return each row's prompt and completion tokens, without padding.
 
     Raises:
-        ValueError: if a row has no prompt, or no token that the policy wrote.
+        ValueError: if a row has no prompt, no token that the policy wrote, or padding before its last token.
     """
     prompts = [row[row != PADDING] for row in trajectories.observations]
     completions = [row[row != PADDING] for row in trajectories.actions]
     for number, (prompt, acted) in enumerate(zip(prompts, trajectories.mask, strict=True)):
         if not len(prompt) or not acted.any():
             raise ValueError(f"row {number} of the batch has an empty {'completion' if len(prompt) else 'prompt'}")
+    # Columns count from the first token of a completion, so there is no place for padding before or in it.
+    for number, (row, completion) in enumerate(zip(trajectories.actions, completions, strict=True)):
+        if (row[: len(completion)] == PADDING).any():
+            raise ValueError(f"row {number} of the batch has padding inside its completion")
     return list(zip(prompts, completions, strict=True))
 
 

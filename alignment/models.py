@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from aligngym.alignment.log_probs import SHARED_PROMPT_ATTENTION
 
@@ -116,9 +117,12 @@ def _unpack_gguf(path: Path) -> Path:
     try:
         source, file = str(path.parent), path.name
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(unfinished)
-        AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        ).save_pretrained(unfinished)
+        # Newer versions of transformers would keep the weights in GGUF's blocks, where no adapter can be trained.
+        plain = {}
+        if hasattr(transformers, "GgufConfig"):
+            plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32, **plain)
+        model.save_pretrained(unfinished)
         unfinished.chmod(0o755)
         # Another process may have been faster; its folder is as good.
         if not folder.is_dir():

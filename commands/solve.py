@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aligngym.agents.dynamic_programming import DynamicProgramming
+    from aligngym.envs.grid_world import GridWorld
 
 HELP = "solve a grid world exactly: optimal values, optimal policy, certified error"
 
@@ -58,23 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from aligngym.agents.dynamic_programming import PolicyIteration, ValueIteration
     from aligngym.core.storage import replacing
-    from aligngym.envs.grid_map import GridMap
-    from aligngym.envs.grid_world import GridWorld
 
     if arguments.decimals < 0:
         raise ValueError(f"--decimals is a number of digits, at least 0, not {arguments.decimals}")
     if arguments.png is not None and arguments.png.suffix.lower() != ".png":
         raise ValueError(f"--png {arguments.png}: the name of a PNG file ends in .png")
-    env = GridWorld(
-        GridMap.read(arguments.map),
-        stay=arguments.stay,
-        slip=arguments.slip,
-        step_reward=arguments.step_reward,
-        boundary_reward=arguments.boundary_reward,
-        forbidden_reward=arguments.forbidden_reward,
-        target_reward=arguments.target_reward,
-        terminal_target=not arguments.continuing,
-    )
+    env = _make_world(arguments)
     planner = PolicyIteration if arguments.algorithm == "policy-iteration" else ValueIteration
     agent = planner(env, arguments.discount, arguments.tolerance)
     with warnings.catch_warnings():
@@ -92,6 +82,22 @@ def run(arguments: argparse.Namespace) -> int:
             figure.savefig(temporary, format="png")
         print(f"drawn in {arguments.png}")
     return 0 if agent.converged else 1
+
+
+def _make_world(arguments: argparse.Namespace) -> GridWorld:
+    from aligngym.envs.grid_map import GridMap
+    from aligngym.envs.grid_world import GridWorld
+
+    return GridWorld(
+        GridMap.read(arguments.map),
+        stay=arguments.stay,
+        slip=arguments.slip,
+        step_reward=arguments.step_reward,
+        boundary_reward=arguments.boundary_reward,
+        forbidden_reward=arguments.forbidden_reward,
+        target_reward=arguments.target_reward,
+        terminal_target=not arguments.continuing,
+    )
 
 
 def _verdict(agent: DynamicProgramming) -> str:

@@ -54,6 +54,11 @@ class Agent(ABC):
         """Whether further iterations are pointless (a planner that has converged)."""
         return False
 
+    @property
+    def stopped(self) -> bool:
+        """Whether :meth:`stop` has been called during this run."""
+        return self._stopped
+
     def stop(self) -> None:
         """End :meth:`learn` after the current iteration; meant for callbacks."""
         self._stopped = True
@@ -132,8 +137,9 @@ class Agent(ABC):
             ValueError: if another kind of agent wrote it.
         """
         tree = load_tree(path)
-        if tree["agent"] != type(self).__name__:
-            raise ValueError(f"{path} was saved by {tree['agent']}, and this is {type(self).__name__}")
-        self.iteration = tree["iteration"]
+        if tree.get("agent") != type(self).__name__:
+            writer = tree.get("agent", "something that is no agent")
+            raise ValueError(f"{path} was saved by {writer}, and this is {type(self).__name__}")
         self.load_state_dict(tree["state"])
+        self.iteration = tree["iteration"]
         return self

@@ -126,7 +126,7 @@ class Tracking(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves everything needed to continue exactly, every so many iterations and at the end.
+    """Saves everything needed to continue exactly, every so many iterations and at the end of a run without error.
 
     One file is kept, ``folder/checkpoint.safetensors``, replaced only when its successor is complete.
     """
@@ -136,6 +136,15 @@ class Checkpoints(Callback):
     def __init__(self, folder: str | Path, every: int) -> None:
         self.path, self.every = Path(folder) / self.name, every
 
+    def on_start(self, agent: Agent, iterations: int | None) -> None:
+        self.last = None if iterations is None else agent.iteration + iterations
+
     def on_iteration(self, agent: Agent, metrics: Metrics) -> None:
         if self.every and agent.iteration % self.every == 0:
+            agent.save(self.path)
+
+    def on_end(self, agent: Agent) -> None:
+        # An error may have come in the middle of an iteration, whose half must not be saved.
+        complete = agent.iteration == self.last or agent.stopped or agent.finished
+        if complete and self.every and agent.iteration % self.every:
             agent.save(self.path)

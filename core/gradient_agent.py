@@ -14,7 +14,7 @@ from torch import Tensor
 from aligngym.core.agent import Agent
 from aligngym.core.callbacks import Metrics
 from aligngym.core.policy import Policy
-from aligngym.core.randomness import seeded
+from aligngym.core.randomness import derived_seed, seeded
 from aligngym.core.schedules import Schedule, as_schedule
 from aligngym.core.trajectories import Rows
 
@@ -39,7 +39,8 @@ class GradientAgent(Agent, Generic[Batch]):
         accelerator: for several devices or mixed precision; a plain one by default.
 
     Raises:
-        ValueError: if nothing in the policy can be trained, or a size is not positive.
+        ValueError: if nothing in the policy can be trained, a size is not positive, or the accelerator would
+            accumulate gradients a second time.
     """
 
     unit = "step"
@@ -67,6 +68,8 @@ class GradientAgent(Agent, Generic[Batch]):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.accelerator = accelerator or Accelerator()
+        if self.accelerator.gradient_accumulation_steps != 1:
+            raise ValueError("micro_batch_size accumulates gradients; leave the accelerator's accumulation steps at 1")
         if optimizer is None:
             optimizer = torch.optim.AdamW(trainable, lr=self.schedule(0), weight_decay=0.0)
         # The wrapped model synchronises gradients between devices; on one device it is the policy itself.
@@ -95,16 +98,21 @@ class GradientAgent(Agent, Generic[Batch]):
             FloatingPointError: if the loss or its gradient is not finite; the policy is then as it was.
         """
         self.model.train()
-        metrics = self.backward(batch)
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or float("inf"))
-        metrics |= {"gradient_norm": float(norm), "learning_rate": self.schedule(self.iteration)}
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(metrics[name]):
-                raise FloatingPointError(f"iteration {self.iteration}: the {name} is {metrics[name]}; nothing changed")
-        for group in self.optimizer.param_groups:
-            group["lr"] = metrics["learning_rate"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            metrics = self.backward(batch)
+            norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or float("inf"))
+            metrics |= {"gradient_norm": float(norm), "learning_rate": self.schedule(self.iteration)}
+            for name in ("loss", "gradient_norm"):
+                if not math.isfinite(metrics[name]):
+                    raise FloatingPointError(
+                        f"iteration {self.iteration}: the {name} is {metrics[name]}; nothing changed"
+                    )
+            for group in self.optimizer.param_groups:
+                group["lr"] = metrics["learning_rate"]
+            self.optimizer.step()
+        finally:
+            # Also after an error: what it left behind would become part of the next step.
+            self.optimizer.zero_grad()
         return metrics
 
     def backward(self, batch: Batch) -> Metrics:
@@ -166,6 +174,6 @@ class EpochOrder:
     def __call__(self, step: int) -> Tensor:
         """Return the row numbers of batch ``step``, counted from 0."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(self.size, generator=generator)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]

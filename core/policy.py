@@ -151,8 +151,15 @@ class TabularPolicy(Policy):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a table that :meth:`save` wrote."""
+        """Read a table that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else.
+        """
         tree = load_tree(path)
+        if tree.keys() != {"logits", "reference_logits"}:
+            raise ValueError(f"{path} holds no table, but {', '.join(map(str, tree))}")
         policy = cls(*tree["logits"].shape)
         policy.logits.data = tree["logits"]
         policy.reference_logits = tree["reference_logits"]

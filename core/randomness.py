@@ -11,7 +11,8 @@ import torch
 
 def derived_seed(*numbers: int) -> int:
     """Return a 32-bit seed from several numbers, such as a run's seed and an iteration."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    # Their count is part of the seed, because a SeedSequence does not see zeros at the end.
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
 @contextlib.contextmanager
