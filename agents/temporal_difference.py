@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -163,16 +163,6 @@ class TDControl(TabularAgent):
         """Whether the error bound is within the tolerance; ``None`` if nobody can know, for want of a model."""
         bound = self.error_bound
         return None if bound is None else bound <= self.tolerance
-
-    def learn(self, iterations: int | None = None, **kwargs: Any) -> Self:
-        """Learn from so many episodes, see :meth:`Agent.learn`.
-
-        Raises:
-            ValueError: without a number of episodes: a learner does not know when it is finished.
-        """
-        if iterations is None:
-            raise ValueError(f"{type(self).__name__} cannot tell when it is finished: say learn(iterations=episodes)")
-        return super().learn(iterations, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table and the visit counts."""

@@ -103,7 +103,7 @@ class DPO(GradientAgent[PreferenceBatch]):
         label_smoothing: float = 0.0,
         target_margin: float = 0.0,
         batch_size: int = 8,
-        learning_rate: float | Schedule = 1e-4,
+        learning_rate: float | Schedule = 2e-4,
         micro_batch_size: int | None = None,
         max_grad_norm: float | None = 1.0,
         seed: int = 0,
@@ -167,17 +167,22 @@ class DPO(GradientAgent[PreferenceBatch]):
     def losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``[B]`` weighted losses, and the implicit rewards of both sides."""
         pairs = batch.preferences
-        chosen, rejected = scores = self.scores(pairs, self.cached_reference(batch))
-        losses = self.kind.function(chosen - rejected, beta=self.beta, **self.loss_options)
-        chosen_reward, rejected_reward = self.beta * scores.detach()
+        scores = self.scores(pairs, self.cached_reference(batch))
+        chosen, rejected = self.beta * scores.detach()
         metrics = {
-            "rewards/chosen": chosen_reward,
-            "rewards/rejected": rejected_reward,
-            "rewards/margin": chosen_reward - rejected_reward,
-            "rewards/accuracy": (chosen_reward > rejected_reward).float(),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margin": chosen - rejected,
+            "rewards/accuracy": (chosen > rejected).float(),
         }
         weights = pairs.pair_weights
-        return losses * weights, {name: values * weights for name, values in metrics.items()}
+        weighted = {name: values * weights for name, values in metrics.items()}
+        return self.preference_losses(scores) * weights, weighted
+
+    def preference_losses(self, scores: Tensor) -> Tensor:
+        """Return ``[B]`` losses of pairs with ``[2, B]`` scores; what a new preference algorithm overrides."""
+        chosen, rejected = scores
+        return self.kind.function(chosen - rejected, beta=self.beta, **self.loss_options)
 
     def scores(self, pairs: Preferences, reference: Tensor | None) -> Tensor:
         """Return ``[2, B]``, what the loss compares: log-ratios to the reference, or mean log-probabilities."""
@@ -210,10 +215,11 @@ class DPO(GradientAgent[PreferenceBatch]):
         """Judge the policy's implicit rewards on preferences it was not trained on.
 
         Returns:
-            ``loss``, ``margin`` and ``accuracy`` (the share of pairs whose chosen side has the larger implicit reward;
-            ties count half), with its 95 % Wilson interval ``accuracy_low`` … ``accuracy_high``; ``chosen`` and
-            ``rejected``, the mean log π of each side; and of the reference ``reference_loss``, ``reference_chosen``
-            and ``reference_rejected``. The reference's own rewards are 0, so all its pairs are ties.
+            Means over pairs with their weights: ``loss``, ``margin`` and ``accuracy`` (the share of pairs whose chosen
+            side has the larger implicit reward; ties count half), with its 95 % Wilson interval ``accuracy_low`` …
+            ``accuracy_high``; ``chosen`` and ``rejected``, the mean log π of each side; and of the reference
+            ``reference_loss``, ``reference_chosen`` and ``reference_rejected``. The reference's own rewards are 0, so
+            all its pairs are ties.
         """
         self.model.eval()
         collected = []
@@ -222,31 +228,31 @@ class DPO(GradientAgent[PreferenceBatch]):
             reference = self.policy.reference_log_probs(both := pairs.both())
             lengths = both.lengths.view(2, -1)
             sums = [log_probs.sum(dim=1).view(2, -1) for log_probs in (self.model(both).log_probs, reference)]
-            collected.append(torch.stack([*sums, lengths]))
-        policy, reference, lengths = torch.cat(collected, dim=2)
+            collected.append(torch.stack([*sums, lengths, pairs.pair_weights.expand(2, -1)]))
+        policy, reference, lengths, (weights, _) = torch.cat(collected, dim=2)
+
+        def mean(values: Tensor) -> float:
+            return float((values.double() * weights).sum() / weights.double().sum())
+
         if self.kind.uses_reference:
             scores, reference_scores = policy - reference, torch.zeros_like(reference)
         else:
             scores, reference_scores = policy / lengths, reference / lengths
         margin = scores[0] - scores[1]
-        wins = float((margin > 0).sum()) + float((margin == 0).sum()) / 2
-        low, high = wilson_interval(wins, len(margin))
+        accuracy = min(mean((margin.sign() + 1) / 2), 1.0)
+        low, high = wilson_interval(accuracy * len(margin), len(margin))
         return {
-            "loss": self.mean_loss(margin),
-            "margin": self.beta * float(margin.mean()),
-            "accuracy": wins / len(margin),
+            "loss": mean(self.preference_losses(scores)),
+            "margin": self.beta * mean(margin),
+            "accuracy": accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
-            "chosen": float(policy[0].mean()),
-            "rejected": float(policy[1].mean()),
-            "reference_loss": self.mean_loss(reference_scores[0] - reference_scores[1]),
-            "reference_chosen": float(reference[0].mean()),
-            "reference_rejected": float(reference[1].mean()),
+            "chosen": mean(policy[0]),
+            "rejected": mean(policy[1]),
+            "reference_loss": mean(self.preference_losses(reference_scores)),
+            "reference_chosen": mean(reference[0]),
+            "reference_rejected": mean(reference[1]),
         }
-
-    def mean_loss(self, h: Tensor) -> float:
-        """Return the mean of the preference loss over pairs whose scores differ by h."""
-        return float(self.kind.function(h, beta=self.beta, **self.loss_options).mean())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, the cached reference included."""

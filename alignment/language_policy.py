@@ -6,13 +6,13 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aligngym.alignment.data import pad_tokens
 from aligngym.alignment.log_probs import packed_log_probs, padded_log_probs
@@ -154,23 +154,29 @@ class LanguagePolicy(Policy):
             B rows; ``mask`` covers the end-of-sequence token, ``terminated`` marks it, and ``truncated`` marks the
             last token of a completion that did not reach it.
         """
-        ends = torch.tensor(self.end_tokens, device=self.device)
+        ends = self.end_tokens
         observations = pad_tokens(list(prompts), side="left").to(self.device)
         was_training = self.training
         self.eval()
-        with self._computing(), self._as_reference() if reference else contextlib.nullcontext(), seeded(seed):
-            output = self.model.generate(
+        with (
+            self._computing(),
+            self._as_reference() if reference else contextlib.nullcontext(),
+            self._without_generation_settings() as causal,
+            seeded(seed),
+        ):
+            output = causal.generate(
                 input_ids=observations.clamp(min=0),
                 attention_mask=(observations != PADDING).long(),
                 max_new_tokens=max_new_tokens,
                 do_sample=not greedy,
-                # A model's own sampling habits would sample from another distribution than the policy's.
-                **({} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}),
-                pad_token_id=int(ends[0]),
+                # transformers' own default is 50.
+                **({} if greedy else {"top_k": 0}),
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else 0,
             )
         self.train(was_training)
         actions = output[:, observations.shape[1] :]
-        is_end = torch.isin(actions, ends)
+        is_end = torch.isin(actions, torch.tensor(ends, device=self.device))
         mask = (is_end.cumsum(1) - is_end.long()) == 0
         last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
         return Trajectories(
@@ -201,6 +207,16 @@ class LanguagePolicy(Policy):
             disable_input_dtype_casting(self.model, active=lower),
         ):
             yield
+
+    @contextlib.contextmanager
+    def _without_generation_settings(self) -> Iterator[Any]:
+        """Set the model's own temperature, penalties, … aside, with which it writes with other probabilities than π."""
+        causal = self.causal_model
+        own, causal.generation_config = causal.generation_config, GenerationConfig()
+        try:
+            yield causal
+        finally:
+            causal.generation_config = own
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,6 +28,9 @@ from aligngym.core.trajectories import PADDING, Trajectories
 
 #: The name under which transformers knows :func:`shared_prompt_attention`.
 SHARED_PROMPT_ATTENTION = "aligngym_shared_prompt"
+
+#: Not cuDNN's, which spends a second on planning for every new length.
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 #: Logits computed at once, about this many numbers: 64 MiB in float32.
 LOGITS_PER_CHUNK = 2**24
@@ -212,14 +216,15 @@ def packed_log_probs(model: PreTrainedModel, trajectories: Trajectories) -> Tens
         trajectories: prompts, completions and the mask of the tokens that the policy wrote.
     """
     packing = Packing.of(trajectories)
-    hidden = model.base_model(
-        input_ids=packing.input_ids,
-        position_ids=packing.position_ids,
-        # Any four-dimensional mask keeps transformers from making its own of N × N; the packing says who sees whom.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packing.input_ids.device),
-        use_cache=False,
-        packing=packing,
-    ).last_hidden_state[0]
+    with sdpa_kernel(ATTENTION_KERNELS):
+        hidden = model.base_model(
+            input_ids=packing.input_ids,
+            position_ids=packing.position_ids,
+            # Any four-dimensional mask keeps transformers from making its own of N × N; the packing says who sees whom.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packing.input_ids.device),
+            use_cache=False,
+            packing=packing,
+        ).last_hidden_state[0]
     head = cast(nn.Linear, model.get_output_embeddings())
     log_probs = TokenLogProbs.apply(hidden[packing.predictors], head.weight, head.bias, packing.targets)
     return packing.scatter(log_probs, trajectories.mask.shape)

@@ -97,7 +97,7 @@ def ours(arguments: argparse.Namespace, rows: list[dict]) -> tuple[list[float], 
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.write("\n".join(json.dumps(row) for row in rows))
         file.flush()
-        pairs = load_preferences(file.name, policy.tokenizer)
+        pairs = load_preferences(file.name, policy.tokenizer, end_tokens=policy.end_tokens)
     agent = DPO(policy, pairs, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate)
     # Both sides go through the file in its order.
     agent.order = lambda step: torch.arange(arguments.batch_size) + step * arguments.batch_size

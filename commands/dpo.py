@@ -28,7 +28,7 @@ class DPOOptions:
     beta: float = option(0.1, "strength of the regularisation towards the reference")
     label_smoothing: float = option(0.0, "share of labels believed to be flipped (sigmoid, robust, simpo)")
     target_margin: float = option(0.0, "SimPO's margin γ")
-    learning_rate: float = option(1e-4, "peak learning rate; LoRA takes about ten times that of full fine-tuning")
+    learning_rate: float = option(2e-4, "peak learning rate; LoRA takes about ten times that of full fine-tuning")
     schedule: str = option("linear", "how the learning rate falls", ("linear", "cosine", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises")
     epochs: float = option(1.0, "passes over the training pairs")

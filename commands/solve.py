@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from aligngym.agents.dynamic_programming import DynamicProgramming
     from aligngym.envs.grid_world import GridWorld
 
-HELP = "solve a grid world exactly: optimal values, optimal policy, certified error"
-
 ALGORITHMS = ("value-iteration", "policy-iteration")
 
 

@@ -87,8 +87,11 @@ class Agent(ABC):
             The agent itself.
 
         Raises:
-            ValueError: for a negative number of iterations, or checkpoints without a folder.
+            ValueError: for a negative number of iterations, none for an agent that is never finished, or checkpoints
+                without a folder.
         """
+        if iterations is None and type(self).finished is Agent.finished:
+            raise ValueError(f"{type(self).__name__} cannot tell when it is finished: say how many iterations to do")
         if iterations is not None and iterations < 0:
             raise ValueError(f"iterations is how many more to do, at least 0, not {iterations}")
         if checkpoint_every and output is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,8 +67,10 @@ class MetricsFile(GeneralTracker):
         return self.path
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        # JSON has no infinity and no NaN.
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop lines of later steps, which a killed run wrote after its last checkpoint and will write again."""

@@ -43,7 +43,7 @@ class Constant(Schedule):
 
     def __post_init__(self) -> None:
         if not self.value >= 0:
-            raise ValueError(f"a step size is not negative, and this one is {self.value}")
+            raise ValueError(f"a schedule is not negative, and this one is {self.value}")
 
     def __call__(self, step: int) -> float:
         return self.value

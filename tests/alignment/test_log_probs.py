@@ -96,15 +96,16 @@ def test_packed_and_padded_paths_are_the_truth(tiny_policy, layout, holes):
         assert_same_gradients(by_path[name], by_path["left"], 1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama-untied", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama-untied", "qwen2", "qwen3", "mistral", "gpt2"])
 def test_other_architectures_are_packed_too(tiny_policy, architecture):
     policy = tiny_policy(architecture)
     assert policy.packed
     rows = make([(7, [3]), (2, [6, 2]), (5, [1, 9, 4, 4, 2])], holes=True)
-    packed = policy(rows).log_probs
-    torch.testing.assert_close(packed.detach(), plain_log_probs(policy.model, rows).detach(), rtol=1e-5, atol=1e-5)
-    padded = paths(policy)["left"](rows)
-    assert_same_gradients(gradients(policy, packed), gradients(policy, padded), 1e-5)
+    truth = plain_log_probs(policy.model, rows)
+    for path in paths(policy).values():
+        log_probs = path(rows)
+        torch.testing.assert_close(log_probs, truth, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(gradients(policy, log_probs), gradients(policy, truth), 1e-5)
 
 
 def test_gradients_in_double_precision(tiny_policy):
