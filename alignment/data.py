@@ -152,10 +152,14 @@ def read_rows(source: str | Path) -> list[Row]:
     path = Path(source).expanduser()
     if path.suffix in (".jsonl", ".json"):
         return _read_json(path)
+    options: dict[str, Any]
     if path.suffix in (".csv", ".parquet"):
         if not path.is_file():
             raise FileNotFoundError(f"{source}: no such file")
         kind, options = path.suffix[1:], {"data_files": str(path), "split": "train"}
+        if kind == "csv":
+            # Answers such as 42, NA or None are text like any other.
+            options |= {"dtype": str, "keep_default_na": False}
     elif path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
         missing = "" if path.exists() else "no such file, and "
         raise FileNotFoundError(f"{source}: {missing}not a .json, .jsonl, .csv or .parquet file")

@@ -212,14 +212,13 @@ class DPO(GradientAgent[PreferenceBatch]):
 
     @torch.no_grad()
     def evaluate(self, preferences: PreferenceSource) -> dict[str, float]:
-        """Judge the policy's implicit rewards on preferences it was not trained on.
+        """Judge the policy's implicit rewards on preferences it was not trained on, and its reference's beside them.
 
         Returns:
             Means over pairs with their weights: ``loss``, ``margin`` and ``accuracy`` (the share of pairs whose chosen
             side has the larger implicit reward; ties count half), with its 95 % Wilson interval ``accuracy_low`` …
-            ``accuracy_high``; ``chosen`` and ``rejected``, the mean log π of each side; and of the reference
-            ``reference_loss``, ``reference_chosen`` and ``reference_rejected``. The reference's own rewards are 0, so
-            all its pairs are ties.
+            ``accuracy_high``; ``chosen`` and ``rejected``, the mean log π of each side; and all of these for the
+            reference, as ``reference_loss`` and so on. Its rewards are 0 for losses that use it, so all pairs tie.
         """
         self.model.eval()
         collected = []
@@ -231,13 +230,19 @@ class DPO(GradientAgent[PreferenceBatch]):
             collected.append(torch.stack([*sums, lengths, pairs.pair_weights.expand(2, -1)]))
         policy, reference, lengths, (weights, _) = torch.cat(collected, dim=2)
 
+        if self.kind.uses_reference:
+            own, before = policy - reference, torch.zeros_like(reference)
+        else:
+            own, before = policy / lengths, reference / lengths
+        judged = self._judge(own, policy, weights)
+        return judged | {f"reference_{name}": x for name, x in self._judge(before, reference, weights).items()}
+
+    def _judge(self, scores: Tensor, log_probs: Tensor, weights: Tensor) -> dict[str, float]:
+        """Return the metrics of :meth:`evaluate` from ``[2, N]`` scores and log-probabilities, and ``[N]`` weights."""
+
         def mean(values: Tensor) -> float:
             return float((values.double() * weights).sum() / weights.double().sum())
 
-        if self.kind.uses_reference:
-            scores, reference_scores = policy - reference, torch.zeros_like(reference)
-        else:
-            scores, reference_scores = policy / lengths, reference / lengths
         margin = scores[0] - scores[1]
         accuracy = min(mean((margin.sign() + 1) / 2), 1.0)
         low, high = wilson_interval(accuracy * len(margin), len(margin))
@@ -247,11 +252,8 @@ class DPO(GradientAgent[PreferenceBatch]):
             "accuracy": accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
-            "chosen": mean(policy[0]),
-            "rejected": mean(policy[1]),
-            "reference_loss": mean(self.preference_losses(reference_scores)),
-            "reference_chosen": mean(reference[0]),
-            "reference_rejected": mean(reference[1]),
+            "chosen": mean(log_probs[0]),
+            "rejected": mean(log_probs[1]),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,6 +261,13 @@ class DPO(GradientAgent[PreferenceBatch]):
         return {**super().state_dict(), "reference": self.reference}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it belongs to another number of pairs or another policy.
+        """
+        if state["reference"].shape != self.reference.shape:
+            saved, own = state["reference"].shape[1], len(self.preferences)
+            raise ValueError(f"the saved run had {saved} pairs, and this one has {own}: did the data change?")
         super().load_state_dict(state)
         self.reference = state["reference"]

@@ -195,7 +195,8 @@ class LanguagePolicy(Policy):
 
     def save(self, path: str | Path) -> None:
         """Write the adapter in peft's format, and the tokenizer with its chat template, into the folder ``path``."""
-        self.model.save_pretrained(str(path), selected_adapters=["default"])
+        # The embeddings are the model's own: peft need not ask the Hub whether they were resized.
+        self.model.save_pretrained(str(path), selected_adapters=["default"], save_embedding_layers=False)
         self.tokenizer.save_pretrained(str(path))
 
     @contextlib.contextmanager

@@ -45,8 +45,17 @@ def load_model(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot load the model {str(name)!r}: {reason}") from error
-    model.config.use_cache = True
+    _disable_dropout(model)
     return model, tokenizer
+
+
+def _disable_dropout(model: PreTrainedModel) -> None:
+    """Switch the model's own dropout off: it would make the policy differ from its reference before any training."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def use_shared_prompt_attention(model: PreTrainedModel) -> bool:

@@ -51,13 +51,16 @@ def completions_side_by_side(
     blocks = []
     for prompt, old, new in zip(prompts, before, after, strict=True):
         question = " ".join(text(prompt).split())
-        blocks.append("▸ " + textwrap.shorten(question[-2 * width :], 2 * width, placeholder=" …"))
+        # The end of a prompt is where the question is; before it stand templates and examples.
+        blocks.append(
+            "▸ " + (question if len(question) <= 2 * width else "… " + question[-2 * width :].split(" ", 1)[-1])
+        )
         columns = [_wrapped(text, width) for text in (old, new)]
         height = max(map(len, columns))
         for left, right in zip(*(column + [""] * (height - len(column)) for column in columns), strict=True):
             blocks.append(f"  {left.ljust(width)} │ {right}".rstrip())
     header = f"  {'before (greedy)'.ljust(width)} │ after (greedy)"
-    return "\n".join([header, *blocks])
+    return "\n".join([header, "─" * (2 * width + 5), *blocks])
 
 
 def _wrapped(text: str, width: int) -> list[str]:

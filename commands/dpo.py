@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from aligngym.alignment import DPO, LanguagePolicy, TokenPreferences
 
 
+#: What the table of a finished run shows of :meth:`DPO.evaluate`, under which name and with how many digits.
+SHOWN = {
+    "accuracy": ("implicit-reward accuracy [95 %]", ".3f"),
+    "margin": ("implicit-reward margin", ".3f"),
+    "loss": ("loss", ".4f"),
+    "chosen": ("log π(chosen)", ".1f"),
+    "rejected": ("log π(rejected)", ".1f"),
+}
+
+
 @dataclass
 class DPOOptions:
     """Everything that a run depends on; ``config.yaml`` in the output folder has all of it."""
@@ -202,15 +212,12 @@ def _report(options: DPOOptions, policy: LanguagePolicy, held_back: TokenPrefere
     kl, error = kl_to_reference(
         policy, prompts[: options.kl_samples], max_new_tokens=options.max_new_tokens, seed=options.seed
     )
-    interval = f"{result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}]"
+    before, after = ({name: result[f"{prefix}{name}"] for name in SHOWN} for prefix in ("reference_", ""))
     rows = [
-        ["implicit-reward accuracy [95 %]", "0.500 (all tied)", interval],
-        ["implicit-reward margin", "0", f"{result['margin']:.3f}"],
-        ["loss", f"{result['reference_loss']:.4f}", f"{result['loss']:.4f}"],
-        ["log π(chosen)", f"{result['reference_chosen']:.1f}", f"{result['chosen']:.1f}"],
-        ["log π(rejected)", f"{result['reference_rejected']:.1f}", f"{result['rejected']:.1f}"],
-        ["KL to the reference, nats", "0", f"{kl:.2f} ± {error:.2f}"],
+        [label, format(before[name], digits), format(after[name], digits)] for name, (label, digits) in SHOWN.items()
     ]
+    rows[0][2] += f" [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}]"
+    rows.append(["KL to the reference, nats", "0", f"{kl:.2f} ± {error:.2f}"])
     lines = [f"\n{Table([f'{len(held_back)} held-back pairs', 'before', 'after'], rows)}"]
     if options.samples:
         lines.append(

