@@ -1,8 +1,8 @@
 """DPO with a LoRA adapter, ours beside trl's ``DPOTrainer``: the same pairs, adapter, dtype, order and learning rate.
 
 Each side runs in a process of its own, one after the other. What is compared is the median step after a warm-up, the
-peak of resident memory (on a GPU, of allocated memory), and the losses. Both compute the reference's log-probabilities in
-the first epoch; ours has them in its cache from then on, which is a second row.
+peak of resident memory (on a GPU, of allocated memory), and the losses. Both compute the reference's log-probabilities
+in the first epoch; ours has them in its cache from then on, which is a second row.
 
     python benchmarks/dpo_against_trl.py [--pairs FILE.jsonl] [--batch-size 4] [--steps 6]
 """
@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Real pairs, if a checkout has them beside it; otherwise the examples' own.
 SHARED_PAIRS = ROOT.parent / "shared" / "data" / "gsm8k_preferences_train.jsonl"
 WARM_UP = 2
+#: Options that are not handed on to the process of a side.
+HERE = ("side", "against")
 SIDES = {
     "ours": "aligngym, first epoch",
     "trl": "trl, its defaults",
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help=f"timed steps, after {WARM_UP} to warm up")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--against", nargs="+", choices=[*SIDES][1:], default=[*SIDES][1:])
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -53,7 +56,7 @@ def main() -> None:
         script = [sys.executable, str(ROOT / "examples" / "make_preferences.py"), arguments.pairs, "--pairs", "200"]
         subprocess.run(script, check=True)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    results = {side: measure(side, arguments) for side in SIDES}
+    results = {side: measure(side, arguments) for side in ("ours", *arguments.against)}
     ours = results["ours"]
     cached = {**ours, "seconds": ours["cached_seconds"]}
     rows = {"aligngym, later epochs": cached} | {SIDES[side]: result for side, result in results.items()}
@@ -68,7 +71,7 @@ def main() -> None:
 
 def measure(side: str, arguments: argparse.Namespace) -> dict:
     """Run one side in a fresh process and return its median seconds per step, peak GiB and losses."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(arguments).items() if name != "side"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(arguments).items() if name not in HERE]
     process = subprocess.run(
         [sys.executable, __file__, *flags, f"--side={side}"], capture_output=True, text=True, check=False
     )

@@ -80,7 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     from aligngym.alignment import DPO, LanguagePolicy, default_lora
     from aligngym.core import Constant, Decay
+    from aligngym.core.callbacks import check_trackers
 
+    trackers = [name for name in options.trackers.split(",") if name]
+    check_trackers(trackers)
     policy = LanguagePolicy.from_pretrained(
         options.model,
         lora=None if options.adapter else default_lora(options.lora_r, options.lora_dropout),
@@ -121,7 +124,6 @@ def run(arguments: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
         write_options(options, output / "config.yaml")
     _announce(options, policy, train, held_back, agent, steps)
-    trackers = [name for name in options.trackers.split(",") if name]
     agent.learn(
         max(0, steps - agent.iteration),
         output=output,

@@ -83,6 +83,13 @@ class MetricsFile(GeneralTracker):
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that accelerate does not know."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"unknown tracker {name!r}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+
+
 class Tracking(Callback):
     """Sends metrics to ``metrics.jsonl`` and to accelerate's trackers (TensorBoard, wandb, mlflow, …).
 
@@ -96,9 +103,7 @@ class Tracking(Callback):
     """
 
     def __init__(self, folder: str | Path, trackers: Sequence[str] = ("tensorboard",), every: int = 1) -> None:
-        for name in trackers:
-            if name not in LOGGER_TYPE_TO_CLASS:
-                raise ValueError(f"unknown tracker {name!r}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        check_trackers(trackers)
         self.folder, self.names, self.every = Path(folder), trackers, every
 
     def on_start(self, agent: Agent, iterations: int | None) -> None:

@@ -139,7 +139,8 @@ class TestRefuses:
     @pytest.fixture(autouse=True)
     def _nothing_written(self, tmp_path):
         yield
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        written = {path.name: path.read_text() for path in (tmp_path / "run").glob("*")}
+        assert written in ({}, {"config.yaml": "beta: 0.5\n"})
 
     def with_train(self, arguments, file):
         return [*arguments, "--train", file]
