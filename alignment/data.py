@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import pandas
 import torch
 from datasets import load_dataset
 from torch import Tensor
@@ -152,21 +153,21 @@ def read_rows(source: str | Path) -> list[Row]:
     path = Path(source).expanduser()
     if path.suffix in (".jsonl", ".json"):
         return _read_json(path)
-    options: dict[str, Any]
+    options: dict[str, Any] = {"split": "train"}
     if path.suffix in (".csv", ".parquet"):
         if not path.is_file():
             raise FileNotFoundError(f"{source}: no such file")
-        kind, options = path.suffix[1:], {"data_files": str(path), "split": "train"}
-        if kind == "csv":
-            # Answers such as 42, NA or None are text like any other.
-            options |= {"dtype": str, "keep_default_na": False}
+        kind, options["data_files"] = path.suffix[1:], str(path)
     elif path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
         missing = "" if path.exists() else "no such file, and "
         raise FileNotFoundError(f"{source}: {missing}not a .json, .jsonl, .csv or .parquet file")
     else:
         kind, _, split = str(source).partition(":")
-        options = {"split": split or "train"}
+        options["split"] = split or "train"
     try:
+        if kind == "csv":
+            # As text: answers such as 42, NA or None are no numbers and no gaps.
+            return pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
         return list(load_dataset(kind, **options))
     except Exception as error:  # datasets raises many kinds, from Arrow's to the Hub's
         raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -64,6 +64,7 @@ class MetricsFile(GeneralTracker):
 
     @property
     def tracker(self) -> Path:
+        """Where the records go."""
         return self.path
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:

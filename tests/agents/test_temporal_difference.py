@@ -164,5 +164,5 @@ def test_bad_arguments_are_refused():
         QLearning(GridWorld(), -0.1)
     with pytest.raises(TypeError, match="discrete observations"):
         QLearning(gymnasium.make("CartPole-v1"), 0.9)
-    with pytest.raises(ValueError, match="say learn"):
+    with pytest.raises(ValueError, match="say how many iterations"):
         QLearning(GridWorld(), 0.9).learn()

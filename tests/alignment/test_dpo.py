@@ -289,19 +289,19 @@ def test_evaluation_by_hand(loss, weighted):
     reference_score = torch.zeros(4) if loss != "simpo" else log_reference
     h, reference_h = score[chosen] - score[rejected], reference_score[chosen] - reference_score[rejected]
     assert (h == 0).any()
-    accuracy = float((weights * ((h > 0).float() + (h == 0).float() / 2)).sum())
-    low, high = wilson_interval(7 * accuracy, 7)
-    expected = {
-        "loss": LOSSES[loss].function(h, beta=0.3),
-        "margin": 0.3 * h,
-        "chosen": log_pi[chosen],
-        "rejected": log_pi[rejected],
-        "reference_loss": LOSSES[loss].function(reference_h, beta=0.3),
-        "reference_chosen": log_reference[chosen],
-        "reference_rejected": log_reference[rejected],
-    }
-    expected = {name: float((weights * values).sum()) for name, values in expected.items()}
-    expected |= {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    expected = {}
+    for prefix, difference, log_probs in (("", h, log_pi), ("reference_", reference_h, log_reference)):
+        wins = (difference > 0).float() + (difference == 0).float() / 2
+        means = {
+            "loss": LOSSES[loss].function(difference, beta=0.3),
+            "margin": 0.3 * difference,
+            "accuracy": wins,
+            "chosen": log_probs[chosen],
+            "rejected": log_probs[rejected],
+        }
+        expected |= {f"{prefix}{name}": float((weights * values).sum()) for name, values in means.items()}
+        interval = wilson_interval(7 * expected[f"{prefix}accuracy"], 7)
+        expected |= {f"{prefix}accuracy_{side}": end for side, end in zip(("low", "high"), interval, strict=True)}
     assert agent.evaluate(pairs) == pytest.approx(expected, rel=1e-5)
 
 
