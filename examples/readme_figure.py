@@ -35,7 +35,7 @@ def distances(steps: int) -> list[float]:
     result = []
     for _ in range(steps):
         learned = policy(sequences).log_probs.sum(dim=1).exp()
-        result.append(float((learned - optimum).abs().sum()) / 2)
+        result.append(float((learned - optimum).detach().abs().sum()) / 2)
         agent.learn(1, progress=False)
     return result
 
