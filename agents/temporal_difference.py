@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from aligngym.agents.error_bounds import error_bound, longest_episode, rounding
 from aligngym.agents.tabular_agent import TabularAgent, uniform_over_best
 from aligngym.core.callbacks import Metrics
+from aligngym.core.policy import table_shape
 from aligngym.core.schedules import Power, Schedule, as_schedule
 from aligngym.envs.tabular_mdp import TabularMDP
 
@@ -64,16 +65,13 @@ class TDControl(TabularAgent):
         seed: int = 0,
         tolerance: float = 1e-2,
     ) -> None:
-        for space in (env.observation_space, env.action_space):
-            if not isinstance(space, gymnasium.spaces.Discrete) or space.start != 0:
-                raise TypeError(f"a table needs discrete observations and actions counted from 0, not {space}")
+        shape = table_shape(env)
         if not 0 <= discount <= 1:
             raise ValueError(f"the discount is between 0 and 1, not {discount}")
         self.env, self.discount, self.seed, self.tolerance = env, discount, seed, tolerance
         self.step_size, self.epsilon = as_schedule(step_size), as_schedule(epsilon)
         if self.epsilon(0) > 1:
             raise ValueError(f"epsilon is a probability, and it starts at {self.epsilon(0)}")
-        shape = int(env.observation_space.n), int(env.action_space.n)  # type: ignore[attr-defined]
         self.action_values = np.zeros(shape)
         self.visits = np.zeros(shape, dtype=np.int64)
 

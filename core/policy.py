@@ -73,6 +73,18 @@ class Policy(nn.Module, ABC):
             parameter.copy_(state[name])
 
 
+def table_shape(env: gymnasium.Env) -> tuple[int, int]:
+    """Return S and A, the rows and columns of a table that fits an environment.
+
+    Raises:
+        TypeError: unless its observations and actions are discrete and counted from 0.
+    """
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gymnasium.spaces.Discrete) or space.start != 0:
+            raise TypeError(f"a table needs discrete observations and actions counted from 0, not {space}")
+    return int(env.observation_space.n), int(env.action_space.n)  # type: ignore[attr-defined]
+
+
 class TabularPolicy(Policy):
     """A softmax over a table: π(a|s) ∝ exp(logits[s, a]).
 
@@ -111,11 +123,7 @@ class TabularPolicy(Policy):
         Raises:
             TypeError: if the environment's spaces are not of that kind.
         """
-        spaces = env.observation_space, env.action_space
-        for space in spaces:
-            if not isinstance(space, gymnasium.spaces.Discrete) or space.start != 0:
-                raise TypeError(f"a table needs discrete observations and actions counted from 0, not {space}")
-        return cls(int(spaces[0].n), int(spaces[1].n), reference)  # type: ignore[attr-defined]
+        return cls(*table_shape(env), reference)
 
     @property
     def probabilities(self) -> Tensor:
