@@ -10,6 +10,7 @@ from aligngym.envs.finite_horizon import FiniteHorizon
 from aligngym.envs.grid_map import GridMap
 from aligngym.envs.grid_world import GridWorld
 from aligngym.envs.outcomes import Outcomes
+from aligngym.envs.tabular_env import TabularEnv
 from aligngym.envs.tabular_mdp import TabularMDP
 from aligngym.envs.token_mdp import TokenMDP
 
@@ -18,6 +19,7 @@ __all__ = [
     "GridMap",
     "GridWorld",
     "Outcomes",
+    "TabularEnv",
     "TabularMDP",
     "TokenMDP",
     "bradley_terry_preferences",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aligngym.envs import grid_rendering
 from aligngym.envs.grid_map import ZHAO_MAP, GridMap
 from aligngym.envs.outcomes import Outcomes
+from aligngym.envs.tabular_env import TabularEnv
 from aligngym.envs.tabular_mdp import TabularMDP
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1), (0, 0)])
 
 
-class GridWorld(gymnasium.Env[Any, Any]):
+class GridWorld(TabularEnv):
     """Walk on a grid drawn as text.
 
     Actions are 0 up, 1 right, 2 down, 3 left and, with ``stay``, 4 stay. An observation is the number of the agent's
@@ -81,14 +81,11 @@ class GridWorld(gymnasium.Env[Any, Any]):
         self.step_reward, self.boundary_reward = step_reward, boundary_reward
         self.forbidden_reward, self.target_reward = forbidden_reward, target_reward
         self.render_mode = render_mode
-        self.mdp = self._make_model()
-        self.observation_space = gymnasium.spaces.Discrete(self.map.num_states)
-        self.action_space = gymnasium.spaces.Discrete(self.num_actions)
-        self.state = int(self.mdp.initial.argmax())
+        super().__init__(self._make_model())
         self._window: grid_rendering.Window | None = None
 
     def _make_model(self) -> TabularMDP:
-        """Return the exact model; the simulator samples from it, so the two cannot disagree."""
+        """Return the exact model, from which the environment samples."""
         next_states, rewards = self._moves()
         # The move that is made, for every action and each of: no slip, slip to the left, slip to the right.
         made = np.array([(a, (a - 1) % 4, (a + 1) % 4) if a < 4 else (a, a, a) for a in range(self.num_actions)])
@@ -113,25 +110,6 @@ class GridWorld(gymnasium.Env[Any, Any]):
         by_cell = np.where(self.map.forbidden, self.forbidden_reward, self.step_reward)
         by_cell = np.where(self.map.target, self.target_reward, by_cell)
         return next_states, np.where(bounced, self.boundary_reward, by_cell[next_states])
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-        """Put the agent on a start cell and return (its number, {})."""
-        super().reset(seed=seed)
-        self.state = int(self.np_random.choice(self.map.num_states, p=self.map.initial))
-        self._show()
-        return self.state, {}
-
-    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        """Move, and return (cell, reward, whether the target ended the episode, False, {}).
-
-        Raises:
-            ValueError: for an action that there is not.
-        """
-        if not 0 <= action < self.num_actions:
-            raise ValueError(f"action {action} is not one of 0 … {self.num_actions - 1}")
-        self.state, reward = self.mdp.sample(self.state, int(action), self.np_random)
-        self._show()
-        return self.state, reward, bool(self.mdp.terminal[self.state]), False, {}
 
     def render(self) -> Any:
         """Return the grid with the agent in it: text for ``ansi``, ``[height, width, 3]`` bytes for ``rgb_array``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Self
 
 import gymnasium
@@ -26,6 +27,7 @@ class TabularMDP:
 
     Attributes:
         outcomes: every possible outcome, sorted by row, next state and reward, each of them once.
+        row_starts: ``[S·A + 1]``, where the outcomes of each row begin, and where the last ends.
         transitions: sparse ``[S·A, S]``, p(s' | s, a) in row s · A + a.
         rewards: ``[S, A]``, the expected reward r(s, a).
         initial: ``[S]``, the distribution of the first state.
@@ -59,7 +61,7 @@ class TabularMDP:
         self.transitions = csr_array((outcomes.probabilities, (outcomes.rows, outcomes.next_states)), shape=shape)
         expected = np.bincount(outcomes.rows, outcomes.probabilities * outcomes.rewards, minlength=shape[0])
         self.rewards = expected.reshape(self.num_states, num_actions)
-        self._row_starts = np.searchsorted(outcomes.rows, np.arange(shape[0] + 1))
+        self.row_starts = np.searchsorted(outcomes.rows, np.arange(shape[0] + 1))
 
     @classmethod
     def from_arrays(
@@ -178,15 +180,32 @@ class TabularMDP:
         return TabularMDP(outcomes, initial, terminal, self.num_actions)
 
     def sample(self, state: int, action: int, generator: np.random.Generator) -> tuple[int, float]:
-        """Draw (s', r) from p(s', r | s, a)."""
+        """Draw (s', r) from p(s', r | s, a), with one uniform number where there is more than one outcome."""
         row = state * self.num_actions + action
-        start, end = self._row_starts[row], self._row_starts[row + 1]
-        index = start
-        if end - start > 1:
-            index += np.searchsorted(
-                np.cumsum(self.outcomes.probabilities[start : end - 1]), generator.random(), "right"
-            )
+        index, end = self.row_starts[row], self.row_starts[row + 1]
+        if end - index > 1:
+            index += self.cumulative[index : end - 1].searchsorted(generator.random(), "right")
         return int(self.outcomes.next_states[index]), float(self.outcomes.rewards[index])
+
+    def sample_start(self, generator: np.random.Generator) -> int:
+        """Draw a first state, with one uniform number where there is more than one."""
+        starts, cumulative = self.starts
+        return int(starts[cumulative[:-1].searchsorted(generator.random(), "right") if len(starts) > 1 else 0])
+
+    @cached_property
+    def cumulative(self) -> NDArray[np.float64]:
+        """``[N]``, for each outcome the probability of it and of those before it in its row."""
+        cumulative, lengths = self.outcomes.probabilities.copy(), np.diff(self.row_starts)
+        for place in range(1, lengths.max()):
+            index = self.row_starts[:-1][lengths > place] + place
+            cumulative[index] += cumulative[index - 1]
+        return cumulative
+
+    @cached_property
+    def starts(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The states in which episodes can start, and their cumulative probabilities."""
+        starts = np.flatnonzero(self.initial)
+        return starts, self.initial[starts].cumsum()
 
     def check_model(self, env: gymnasium.Env | None = None, samples: int = 20_000, seed: int = 0) -> None:
         """Check that this is a model and, given an environment, that it is the model of that environment.
