@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium
-import numpy as np
 
 from aligngym.envs.tabular_mdp import TabularMDP
 
