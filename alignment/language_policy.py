@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aligngym.alignment.data import pad_tokens
+from aligngym.alignment.fused_lora import fuse_lora
 from aligngym.alignment.log_probs import packed_log_probs, padded_log_probs
 from aligngym.alignment.models import load_model, use_shared_prompt_attention
 from aligngym.core.policy import Evaluation, Policy
@@ -49,6 +50,7 @@ class LanguagePolicy(Policy):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        fuse_lora(model)
         self.packed = packed and self._packing_agrees()
 
     @classmethod

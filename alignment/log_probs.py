@@ -5,8 +5,9 @@ behind one copy of it, and all groups of a batch form a single row without paddi
 
     prompt₁ a₁ a₂ … prompt₂ b₁ b₂ …
 
-Attention lets a completion see its prompt and itself; positions restart after the prompt for every completion. The
-prompt is computed once, no padding is computed, and the LM head runs only where a token of the policy is predicted.
+Attention lets a completion see its prompt and itself; positions restart after the prompt for every completion. What all
+prompts begin with, such as a system message, stands in the first of them only. So every prompt is computed once, no
+padding is computed, and the LM head runs only where a token of the policy is predicted.
 :func:`padded_log_probs` is the plain way to compute the same numbers, one padded row per completion: the truth that
 the packed path is tested against, and the way for models that cannot take it.
 """
@@ -61,7 +62,8 @@ class Packing:
     Attributes:
         input_ids: ``[1, N]``.
         position_ids: ``[1, N]``, counted from 0 in each prompt, and on from its end in each completion.
-        groups: for each group the length of its prompt and the lengths of its completions in the packed row.
+        prefix: how many tokens all prompts begin with; the row begins with them.
+        groups: for each group the lengths, in the packed row, of the rest of its prompt and of its completions.
         predictors: ``[M]``, the places in the packed row whose hidden states predict the policy's tokens.
         targets: ``[M]``, those tokens.
         places: the rows and columns of ``[B, T]`` that the M numbers belong to.
@@ -69,6 +71,7 @@ class Packing:
 
     input_ids: Tensor
     position_ids: Tensor
+    prefix: int
     groups: list[tuple[int, list[int]]]
     predictors: Tensor
     targets: Tensor
@@ -89,13 +92,15 @@ class Packing:
         for row, group in enumerate(range(len(rows)) if host.group is None else host.group.tolist()):
             groups.setdefault(group, []).append(row)
 
+        prefix = _shared_prefix([rows[members[0]][0] for members in groups.values()])
         pieces, positions, layout, predictors, places = [], [], [], [], []
         end = 0
         for members in groups.values():
             prompt = rows[members[0]][0]
-            pieces.append(prompt)
-            positions.append(torch.arange(len(prompt)))
-            end += len(prompt)
+            present = prefix if pieces else 0
+            pieces.append(prompt[present:])
+            positions.append(torch.arange(present, len(prompt)))
+            end += len(prompt) - present
             last_of_prompt = torch.tensor([end - 1])
             lengths = []
             for row in members:
@@ -112,11 +117,12 @@ class Packing:
                 positions.append(len(prompt) + torch.arange(length))
                 lengths.append(length)
                 end += length
-            layout.append((len(prompt), lengths))
+            layout.append((len(prompt) - prefix, lengths))
         row_index, column_index = torch.cat(places, dim=1).to(device)
         return cls(
             input_ids=torch.cat(pieces)[None].to(device),
             position_ids=torch.cat(positions)[None].to(device),
+            prefix=prefix,
             groups=layout,
             predictors=torch.cat(predictors).to(device),
             targets=trajectories.actions[row_index, column_index],
@@ -126,6 +132,15 @@ class Packing:
     def scatter(self, numbers: Tensor, shape: torch.Size) -> Tensor:
         """Return ``[B, T]`` with the M numbers in their places and 0 elsewhere."""
         return numbers.new_zeros(shape).index_put(self.places, numbers)
+
+
+def _shared_prefix(prompts: list[Tensor]) -> int:
+    """Return how many tokens several prompts begin with in common, leaving each at least one of its own."""
+    if len(prompts) == 1:
+        return 0
+    shortest = min(map(len, prompts)) - 1
+    differs = (torch.stack([prompt[:shortest] for prompt in prompts]) != prompts[0][:shortest]).any(dim=0)
+    return int(differs.int().argmax()) if differs.any() else shortest
 
 
 def shared_prompt_attention(
@@ -153,25 +168,34 @@ def shared_prompt_attention(
     for option in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(option) is not None:
             raise NotImplementedError(f"packed attention has no {option}")
-    longest = max(prompt + max(lengths) for prompt, lengths in packing.groups)
+    prefix = packing.prefix
+    longest = prefix + max(prompt + max(lengths) for prompt, lengths in packing.groups)
     if kwargs.get("sliding_window") is not None and longest > kwargs["sliding_window"]:
         raise NotImplementedError(f"packed attention over {longest} tokens, more than the model's sliding window")
     grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    start = 0
+    # A prompt and its first completion stand together already. One split, because its gradient is one concatenation;
+    # that of a slice is a whole row of zeros.
+    sizes = [size for prompt, (first, *others) in packing.groups for size in (prompt + first, *others)]
+    sizes[0] += prefix
+    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    outputs: list[Tensor] = []
     for prompt, lengths in packing.groups:
-        shared = slice(start, start + prompt)
-        start += prompt
-        for number, length in enumerate(lengths):
-            own = slice(start, start + length)
-            start += length
-            # Prompt and completion make one plainly causal sequence, which every fast kernel knows how to do; that
-            # the prompt attends again for each completion costs less than a mask over the group would.
-            q, k, v = (torch.cat([x[:, :, shared], x[:, :, own]], dim=2) for x in (query, key, value))
+        for number in range(len(lengths)):
+            sequence = next(pieces)
+            # What is before it, and stands elsewhere in the row. The whole is one plainly causal sequence, which every
+            # fast kernel knows how to do; that shared tokens attend again costs less than a mask over the row would.
+            before = prefix + prompt if number else prefix if outputs else 0
+            if before:
+                begin = group_begin if number else row_begin
+                sequence = tuple(torch.cat([x[:, :, :before], y], dim=2) for x, y in zip(begin, sequence, strict=True))
+            if number == 0:
+                group_begin = sequence
+            if not outputs:
+                row_begin = sequence
             output = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+                *sequence, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
             )
-            outputs.append(output if number == 0 else output[:, :, prompt:])
+            outputs.append(output[:, :, before:])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -185,6 +185,52 @@ def test_a_packing_by_hand():
     assert packing.scatter(torch.arange(1.0, 6.0), mask.shape).tolist() == [[1, 0, 2], [5, 0, 0], [3, 4, 0]]
 
 
+def beginning_alike(rows, shared):
+    """The rows with ``shared`` equal tokens before every prompt."""
+    start = torch.arange(1, shared + 1).repeat(len(rows), 1)
+    # Padding may stand anywhere around a prompt, so also between its two parts.
+    rows.observations = torch.cat([start, rows.observations], dim=1)
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+def test_what_all_prompts_begin_with_is_computed_once(tiny_policy, architecture):
+    policy, layout = tiny_policy(architecture), BATCHES["groups of one, two and five"]
+    alone, rows = make(layout), beginning_alike(make(layout), 9)
+    packing = Packing.of(rows)
+    assert packing.prefix >= 9
+    assert packing.input_ids.shape[1] == Packing.of(alone).input_ids.shape[1] + 9
+    truth = plain_log_probs(policy.model, rows)
+    packed = packed_log_probs(policy.causal_model, rows)
+    torch.testing.assert_close(packed, truth, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(policy, packed), gradients(policy, truth), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "prefix"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2, 3], [1, 2, 3]], 2),
+        ([[1, 2], [1, 2, 3, 4]], 1),
+        ([[1], [1, 2]], 0),
+        ([[2, 1], [1, 1]], 0),
+    ],
+)
+def test_the_shared_beginning_leaves_every_prompt_a_token(prompts, prefix):
+    observations = [torch.tensor(prompt) for prompt in prompts]
+    observations = torch.nn.utils.rnn.pad_sequence(observations, batch_first=True, padding_value=PADDING)
+    actions = torch.tensor([[7, 8], [9, 10]])
+    packing = Packing.of(Trajectories(observations, actions, actions > 0))
+    assert packing.prefix == prefix
+    first, second = map(len, prompts)
+    assert packing.groups == [(first - prefix, [1]), (second - prefix, [1])]
+    own = [*prompts[0], 7, *prompts[1][prefix:], 9]
+    assert packing.input_ids.tolist() == [own]
+    positions = [*range(first), first, *range(prefix, second), second]
+    assert packing.position_ids.tolist() == [positions]
+    assert packing.predictors.tolist() == [first - 1, first, first + second - prefix, first + second - prefix + 1]
+
+
 @pytest.mark.parametrize("path", ["packed", "left"])
 def test_rows_without_prompt_or_completion_are_refused(tiny_policy, path):
     compute = paths(tiny_policy())[path]
