@@ -179,6 +179,8 @@ def shared_prompt_attention(
     sizes[0] += prefix
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     outputs: list[Tensor] = []
+    row_begin: tuple[Tensor, ...] = ()
+    group_begin: tuple[Tensor, ...] = ()
     for prompt, lengths in packing.groups:
         for number in range(len(lengths)):
             sequence = next(pieces)
@@ -188,10 +190,8 @@ def shared_prompt_attention(
             if before:
                 begin = group_begin if number else row_begin
                 sequence = tuple(torch.cat([x[:, :, :before], y], dim=2) for x, y in zip(begin, sequence, strict=True))
-            if number == 0:
-                group_begin = sequence
-            if not outputs:
-                row_begin = sequence
+            row_begin = row_begin or sequence
+            group_begin = group_begin if number else sequence
             output = F.scaled_dot_product_attention(
                 *sequence, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
             )
