@@ -157,6 +157,7 @@ def trl(arguments: argparse.Namespace, rows: list[dict]) -> tuple[list[float], l
                 num_train_epochs=1,
                 learning_rate=arguments.learning_rate,
                 lr_scheduler_type="constant",
+                use_cpu=not torch.cuda.is_available(),
                 bf16=model.dtype == torch.bfloat16,
                 logging_steps=1,
                 save_strategy="no",
