@@ -18,7 +18,7 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # mypy finds packages by folder, and ours get their names from setup.cfg: links give it the tree that users import.
 lint: .venv/installed

@@ -1,20 +1,96 @@
 """Reinforcement learning: planners that know the model, and learners that do not."""
 
+from aligngym.agents.double_q_learning import DoubleQLearning
+from aligngym.agents.dyna import DynaQ, DynaQPlus, PrioritizedDyna
 from aligngym.agents.dynamic_programming import DynamicProgramming, PolicyIteration, ValueIteration
+from aligngym.agents.eligibility_traces import SarsaLambda
 from aligngym.agents.error_bounds import error_bound
 from aligngym.agents.evaluation import evaluate_episodes
+from aligngym.agents.features import Aggregation, Coordinates, Features, Fourier, OneHot, Polynomial, TileCoding
+from aligngym.agents.gauss_seidel import GaussSeidelValueIteration
+from aligngym.agents.gradient_descent import GradientDescent, LeastSquares, MeanLoss
+from aligngym.agents.gradient_td import GTD2, TDC
+from aligngym.agents.learning_curves import draw_learning_curves
+from aligngym.agents.least_squares_td import LSTD
+from aligngym.agents.linear_control import SemiGradientExpectedSarsa, SemiGradientQLearning, SemiGradientSarsa
+from aligngym.agents.linear_prediction import SemiGradientTD, TrueOnlineTD
+from aligngym.agents.modified_policy_iteration import ModifiedPolicyIteration
+from aligngym.agents.monte_carlo import MCPrediction
+from aligngym.agents.monte_carlo_control import MCBasic, MCEpsilonGreedy, MCExploringStarts
+from aligngym.agents.n_step import NStepExpectedSarsa, NStepSarsa, TreeBackup
+from aligngym.agents.noise import GaussianNoise, Noise, StateDependentNoise, StudentNoise, UniformNoise
+from aligngym.agents.off_policy_monte_carlo import OffPolicyMCControl, OffPolicyMCPrediction
+from aligngym.agents.policy_evaluation import PolicyEvaluation
+from aligngym.agents.prioritized_sweeping import PrioritizedSweeping
+from aligngym.agents.projected_bellman import ProjectedBellman
 from aligngym.agents.soft_value_iteration import SoftValueIteration
+from aligngym.agents.stochastic_approximation import IncrementalMean, RobbinsMonro, StochasticApproximation
 from aligngym.agents.tabular_agent import TabularAgent
-from aligngym.agents.temporal_difference import QLearning, TDControl
+from aligngym.agents.td_lambda import OfflineLambdaReturn, TDLambda
+from aligngym.agents.td_prediction import TD0, NStepTD, TDPrediction
+from aligngym.agents.temporal_difference import ExpectedSarsa, QLearning, Sarsa, TDControl
 
 __all__ = [
+    "GTD2",
+    "LSTD",
+    "TD0",
+    "TDC",
+    "Aggregation",
+    "Coordinates",
+    "DoubleQLearning",
+    "DynaQ",
+    "DynaQPlus",
     "DynamicProgramming",
+    "ExpectedSarsa",
+    "Features",
+    "Fourier",
+    "GaussSeidelValueIteration",
+    "GaussianNoise",
+    "GradientDescent",
+    "IncrementalMean",
+    "LeastSquares",
+    "MCBasic",
+    "MCEpsilonGreedy",
+    "MCExploringStarts",
+    "MCPrediction",
+    "MeanLoss",
+    "ModifiedPolicyIteration",
+    "NStepExpectedSarsa",
+    "NStepSarsa",
+    "NStepTD",
+    "Noise",
+    "OffPolicyMCControl",
+    "OffPolicyMCPrediction",
+    "OfflineLambdaReturn",
+    "OneHot",
+    "PolicyEvaluation",
     "PolicyIteration",
+    "Polynomial",
+    "PrioritizedDyna",
+    "PrioritizedSweeping",
+    "ProjectedBellman",
     "QLearning",
+    "RobbinsMonro",
+    "Sarsa",
+    "SarsaLambda",
+    "SemiGradientExpectedSarsa",
+    "SemiGradientQLearning",
+    "SemiGradientSarsa",
+    "SemiGradientTD",
     "SoftValueIteration",
+    "StateDependentNoise",
+    "StochasticApproximation",
+    "StudentNoise",
     "TDControl",
+    "TDLambda",
+    "TDPrediction",
     "TabularAgent",
+    "TileCoding",
+    "TreeBackup",
+    "TrueOnlineTD",
+    "UniformNoise",
     "ValueIteration",
+    "draw_learning_curves",
     "error_bound",
     "evaluate_episodes",
 ]

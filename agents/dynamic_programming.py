@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aligngym.agents.error_bounds import error_bound, longest_episode, rounding
+from aligngym.agents.sweeps import rows_of, sweep
 from aligngym.agents.tabular_agent import TabularAgent, uniform_over_best
+from aligngym.agents.unbounded_values import refuse_unbounded_values
 from aligngym.core.callbacks import Metrics
 from aligngym.envs.tabular_mdp import TabularMDP
 
@@ -91,7 +93,7 @@ class DynamicProgramming(TabularAgent):
     def learn(self, iterations: int | None = None, **kwargs: Any) -> Self:
         """Iterate, see :meth:`Agent.learn`, and warn if the values have not converged in the end.
 
-        With γ = 1, values may grow for ever (an endless episode with positive rewards): limit ``iterations`` there.
+        With γ = 1, values that gains and costs drive up in turn may go unnoticed: limit ``iterations`` there.
         """
         super().learn(iterations, **kwargs)
         if not self.converged:
@@ -124,6 +126,19 @@ class DynamicProgramming(TabularAgent):
     def _longest_episode(self) -> float:
         return longest_episode(self.mdp)
 
+    def _refuse_unbounded_values(self) -> None:
+        """Raise if γ = 1 and the values of Bellman's optimality equation are seen to be infinite."""
+        if self.discount == 1:
+            refuse_unbounded_values(self.mdp)
+
+    def _judge(self, change: float, allowance: float | None = None) -> None:
+        """Conclude from the change of the last sweep how good its values are: see :mod:`.error_bounds`."""
+        if allowance is None:
+            # A sweep in place has read values from before it too.
+            allowance = rounding(self.mdp, self.values, self.discount, change)
+        self.residual = self.discount * change + allowance
+        self._exhausted = change <= allowance
+
     def _metrics(self) -> Metrics:
         return {"error_bound": self.error_bound, "residual": self.residual}
 
@@ -138,25 +153,33 @@ class ValueIteration(DynamicProgramming):
         mdp: a model, or an environment that has one.
         discount: γ in [0, 1].
         tolerance: the certified error ‖V − V*‖∞ to stop at.
+
+    Raises:
+        TypeError: if an environment has no exact model.
+        ValueError: for a bad discount or tolerance, or a discount of 1 where values are infinite.
     """
 
     unit = "sweep"
 
     def __init__(self, mdp: TabularMDP | gymnasium.Env, discount: float, tolerance: float = 1e-6) -> None:
         super().__init__(mdp, discount, tolerance)
+        # A subclass that iterates otherwise has an operator of its own, of which nothing is proved here.
+        if type(self).iterate is ValueIteration.iterate:
+            self._refuse_unbounded_values()
 
     def iterate(self) -> Metrics:
         """Sweep once over all states."""
-        values = self.action_values.max(axis=1)
-        self._replace_values(values, rounding(self.mdp, values, self.discount))
+        updated = np.empty_like(self.values)
+        change = sweep(self.values, updated, rows_of(self.mdp), self.discount)
+        self.values = updated
+        self._judge(change)
         return self._metrics()
 
     def _replace_values(self, values: NDArray[np.float64], allowance: float) -> None:
-        """Take over V' = TV; its own residual is at most γ ‖V' − V‖∞, up to rounding."""
+        """Take over V' = TV, T being a subclass's own operator."""
         change = float(np.abs(values - self.values).max())
         self.values = values
-        self.residual = self.discount * change + allowance
-        self._exhausted = change <= allowance
+        self._judge(change, allowance)
 
 
 class PolicyIteration(DynamicProgramming):
@@ -178,6 +201,7 @@ class PolicyIteration(DynamicProgramming):
 
     def __init__(self, mdp: TabularMDP | gymnasium.Env, discount: float, tolerance: float = 1e-9) -> None:
         super().__init__(mdp, discount, tolerance)
+        self._refuse_unbounded_values()
         self.actions = np.full(self.mdp.num_states, -1)
 
     def iterate(self) -> Metrics:

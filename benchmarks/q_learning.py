@@ -4,9 +4,9 @@
 
 Every way plays one step at a time and learns from it before the next. Ours run through the ordinary ``agent.learn``;
 ``episodes_per_iteration`` is 100 or 1 (an iteration seeds its random numbers anew, which costs as much as ten steps).
-The hand-written loop is the usual one over a Gymnasium environment with a NumPy table and ``argmax``, without fair ties;
-the one with lists has Python's own numbers in the table and looks up moves instead of stepping an environment. The ways
-take turns, round by round, because other programs may use the machine; the best round of each counts.
+The hand-written loop is the usual one over a Gymnasium environment with a NumPy table and ``argmax``, without fair
+ties; the one with lists has Python's own numbers in the table and looks up moves instead of stepping an environment.
+The ways take turns, round by round, because other programs may use the machine; the best round of each counts.
 """
 
 from __future__ import annotations

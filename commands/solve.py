@@ -8,9 +8,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aligngym.commands.world import add_world_arguments, make_world
+
 if TYPE_CHECKING:
     from aligngym.agents.dynamic_programming import DynamicProgramming
-    from aligngym.envs.grid_world import GridWorld
 
 ALGORITHMS = ("value-iteration", "policy-iteration")
 
@@ -28,21 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=1e-6, help="certified error to stop at (default: %(default)s)"
     )
     parser.add_argument("--iterations", type=int, default=100_000, help="stop after so many (default: %(default)s)")
-    world = parser.add_argument_group("the world")
-    world.add_argument("--stay", action="store_true", help="add a fifth action: stay")
-    world.add_argument(
-        "--slip", type=float, default=0.0, help="probability of a step to the side (default: %(default)s)"
-    )
-    world.add_argument("--continuing", action="store_true", help="the target does not end the episode but keeps paying")
-    for name, value, when in (
-        ("step", 0.0, "landing in a free cell"),
-        ("boundary", -1.0, "bouncing off the boundary or a wall"),
-        ("forbidden", -1.0, "landing in a forbidden cell"),
-        ("target", 1.0, "landing in a target"),
-    ):
-        world.add_argument(
-            f"--{name}-reward", type=float, default=value, metavar="R", help=f"for {when} (default: %(default)s)"
-        )
+    add_world_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--decimals", type=int, default=2, help="digits after the point (default: %(default)s)")
     output.add_argument("--png", type=Path, metavar="FILE", help="also draw the solution into a PNG file")
@@ -57,12 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from aligngym.agents.dynamic_programming import PolicyIteration, ValueIteration
     from aligngym.core.storage import replacing
+    from aligngym.envs.grid_map import GridMap
 
     if arguments.decimals < 0:
         raise ValueError(f"--decimals is a number of digits, at least 0, not {arguments.decimals}")
     if arguments.png is not None and arguments.png.suffix.lower() != ".png":
         raise ValueError(f"--png {arguments.png}: the name of a PNG file ends in .png")
-    env = _make_world(arguments)
+    env = make_world(arguments, GridMap.read(arguments.map))
     planner = PolicyIteration if arguments.algorithm == "policy-iteration" else ValueIteration
     agent = planner(env, arguments.discount, arguments.tolerance)
     with warnings.catch_warnings():
@@ -80,22 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
             figure.savefig(temporary, format="png")
         print(f"drawn in {arguments.png}")
     return 0 if agent.converged else 1
-
-
-def _make_world(arguments: argparse.Namespace) -> GridWorld:
-    from aligngym.envs.grid_map import GridMap
-    from aligngym.envs.grid_world import GridWorld
-
-    return GridWorld(
-        GridMap.read(arguments.map),
-        stay=arguments.stay,
-        slip=arguments.slip,
-        step_reward=arguments.step_reward,
-        boundary_reward=arguments.boundary_reward,
-        forbidden_reward=arguments.forbidden_reward,
-        target_reward=arguments.target_reward,
-        terminal_target=not arguments.continuing,
-    )
 
 
 def _verdict(agent: DynamicProgramming) -> str:

@@ -36,6 +36,24 @@ class Callback:
         """After the last iteration, also when the run ends in an error."""
 
 
+class History(Callback):
+    """Keeps the metrics of every iteration: ``history["return"]`` is their list, from the first one on."""
+
+    def __init__(self) -> None:
+        self.records: list[Metrics] = []
+
+    def on_iteration(self, agent: Agent, metrics: Metrics) -> None:
+        self.records.append(metrics)
+
+    def __getitem__(self, name: str) -> list[float]:
+        """Return one metric of every iteration.
+
+        Raises:
+            KeyError: if an iteration did not report it.
+        """
+        return [record[name] for record in self.records]
+
+
 class Progress(Callback):
     """A progress bar with the metrics an agent names in ``headline``."""
 

@@ -17,9 +17,9 @@ from aligngym.envs.grid_map import WALL, GridMap
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ARROWS = "↑→↓←o"
-#: x and y directions of the actions in a picture whose y axis points down.
-DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0), (0, 0))
+#: What stands for a move of so many rows and columns in text.
+ARROWS = {(-1, 0): "↑", (0, 1): "→", (1, 0): "↓", (0, -1): "←", (-1, 1): "↗", (1, 1): "↘", (1, -1): "↙", (-1, -1): "↖"}
+STAY = "o"
 WALL_COLOUR, FORBIDDEN_COLOUR, TARGET_COLOUR, AGENT_COLOUR = "#2b2f36", "#c0392b", "#1b7f4b", "#e8590c"
 COLOURS = colormaps["YlGnBu_r"]
 
@@ -36,6 +36,7 @@ def map_text(grid: GridMap, agent: int | None = None) -> str:
 def text(
     grid: GridMap,
     terminal: NDArray[np.bool_],
+    moves: NDArray[np.int64],
     values: ArrayLike | None = None,
     policy: ArrayLike | None = None,
     decimals: int = 2,
@@ -46,7 +47,8 @@ def text(
         # Adding zero turns −0.00 into 0.00.
         tables.append([f"{round(float(value), decimals) + 0.0:.{decimals}f}" for value in _states(grid, values)])
     if policy is not None:
-        arrows = ["".join(ARROWS[a] for a in np.flatnonzero(best)) for best in _most_probable(_states(grid, policy))]
+        signs = np.array([ARROWS.get((int(down), int(right)), STAY) for down, right in moves])
+        arrows = ["".join(signs[best]) for best in _most_probable(_states(grid, policy))]
         tables.append(["G" if end else arrow for end, arrow in zip(terminal, arrows, strict=True)])
     return "\n\n".join(_table(grid, table) for table in tables) if tables else map_text(grid)
 
@@ -74,6 +76,7 @@ def _most_probable(policy: NDArray[np.float64]) -> NDArray[np.bool_]:
 def draw(
     grid: GridMap,
     terminal: NDArray[np.bool_],
+    moves: NDArray[np.int64],
     values: ArrayLike | None = None,
     policy: ArrayLike | None = None,
     *,
@@ -82,7 +85,7 @@ def draw(
     decimals: int = 2,
     axes: Axes | None = None,
 ) -> Figure:
-    """Draw a grid; what the arguments mean is said in :meth:`aligngym.envs.grid_world.GridWorld.draw`."""
+    """Draw a grid whose actions move by ``moves``, rows and columns; see :meth:`GridWorld.draw` for the others."""
     axes = _new_axes(grid, title) if axes is None else axes
     colours = _cell_colours(grid, terminal, values)
     for state, (row, column) in enumerate(grid.cells):
@@ -98,7 +101,7 @@ def draw(
             axes.text(column, height, number, color=_ink(colour), ha="center", va="center", fontsize=9)
         if policy is not None:
             height = row if values is None else row - 0.1
-            _draw_arrows(axes, column, height, _states(grid, policy)[state], _ink(colour))
+            _draw_arrows(axes, (column, height), moves, _states(grid, policy)[state], _ink(colour))
     _draw_marks(axes, grid, terminal, agent)
     axes.set(xlim=(-0.54, grid.width - 0.46), ylim=(grid.height - 0.46, -0.54), aspect="equal", xticks=[], yticks=[])
     axes.set_frame_on(False)
@@ -132,11 +135,15 @@ def _ink(colour: NDArray[np.float64]) -> str:
     return "#14181f" if colour[:3] @ (0.2126, 0.7152, 0.0722) > 0.55 else "white"
 
 
-def _draw_arrows(axes: Axes, x: float, y: float, probabilities: NDArray[np.float64], ink: str) -> None:
+def _draw_arrows(
+    axes: Axes, place: tuple[float, float], moves: NDArray[np.int64], probabilities: NDArray[np.float64], ink: str
+) -> None:
     """Draw an arrow for every action, its length in proportion to its probability; a ring stands for staying."""
+    x, y = place
     lengths = 0.26 * probabilities / probabilities.max()
     alone = (lengths >= 0.05).sum() == 1
-    for length, (right, down) in zip(lengths, DIRECTIONS, strict=False):
+    for length, move in zip(lengths, moves, strict=True):
+        down, right = move / max(1.0, float(np.hypot(*move)))
         if length < 0.05:
             continue
         if (right, down) == (0, 0):
@@ -193,7 +200,8 @@ class Window:
             print(map_text(grid, agent), end="\n\n", flush=True)
             return
         self.figure.clear()
-        draw(grid, grid.target, agent=agent, axes=self.figure.add_subplot())
+        no_moves = np.empty((0, 2), dtype=np.int64)
+        draw(grid, grid.target, no_moves, agent=agent, axes=self.figure.add_subplot())
         self.pyplot.pause(1 / 4)
 
     def close(self) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Row and column steps of the actions up, right, down, left and stay.
 MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1), (0, 0)])
 
+#: What a bounce inside a forbidden cell can pay.
+BOUNCES = ("boundary", "boundary+forbidden")
+
 
 class GridWorld(TabularEnv):
     """Walk on a grid drawn as text.
@@ -27,15 +30,14 @@ class GridWorld(TabularEnv):
     Actions are 0 up, 1 right, 2 down, 3 left and, with ``stay``, 4 stay. An observation is the number of the agent's
     cell: cells without a wall are numbered from 0 in reading order (see :class:`GridMap`). The reward is
 
-    - ``boundary_reward`` for a move off the grid or into a wall, which leaves the agent where it is, and otherwise by
-      the cell that the agent lands in, also if it stayed there:
+    - ``boundary_reward`` for a move off the grid or into a wall, which leaves the agent where it is (see ``bounce``),
+      and otherwise by the cell that the agent lands in, also if it stayed there:
     - ``target_reward`` in a target,
     - ``forbidden_reward`` in a forbidden cell,
     - ``step_reward`` anywhere else.
 
     The defaults are those of S. Zhao, *Mathematical Foundations of Reinforcement Learning*, figure 3.4 (a), except that
-    the target ends the episode. Two conventions are in print for a bounce inside a forbidden cell: ``boundary_reward``
-    alone, or ``boundary_reward + forbidden_reward``. This is the first.
+    the target ends the episode.
 
     Args:
         map: rows of ``S`` start, ``G`` target, ``#`` wall, ``F`` forbidden and ``.`` free, or a :class:`GridMap`.
@@ -47,13 +49,16 @@ class GridWorld(TabularEnv):
         boundary_reward: see above.
         forbidden_reward: see above.
         target_reward: see above.
+        bounce: what a bounce off the boundary or a wall pays inside a forbidden cell, for which two conventions are in
+            print: ``"boundary"``, ``boundary_reward`` alone, or ``"boundary+forbidden"``, the sum of
+            ``boundary_reward`` and ``forbidden_reward``. Anywhere else it pays ``boundary_reward`` under both.
         terminal_target: whether entering a target ends the episode. Otherwise it is a cell like any other that pays
             ``target_reward`` each time the agent lands in it, and episodes never end.
         render_mode: ``"ansi"`` (text), ``"rgb_array"``, or ``"human"`` (a window; text on standard output where
             matplotlib has none).
 
     Raises:
-        ValueError: for a bad map, a slip outside [0, 1], a reward that is not finite or an unknown render mode.
+        ValueError: for a bad map, a slip outside [0, 1], a reward that is not finite, an unknown bounce or render mode.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array", "human"], "render_fps": 4}  # noqa: RUF012 (Gymnasium's own name)
@@ -68,21 +73,29 @@ class GridWorld(TabularEnv):
         boundary_reward: float = -1.0,
         forbidden_reward: float = -1.0,
         target_reward: float = 1.0,
+        bounce: str = "boundary",
         terminal_target: bool = True,
         render_mode: str | None = None,
     ) -> None:
         if not 0 <= slip <= 1:
             raise ValueError(f"slip is a probability, and {slip} is not between 0 and 1")
+        if bounce not in BOUNCES:
+            raise ValueError(f"bounce is one of {', '.join(BOUNCES)}, not {bounce!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is ansi, rgb_array, human or None, not {render_mode!r}")
         self.map = map if isinstance(map, GridMap) else GridMap(map)
-        self.num_actions = 5 if stay else 4
+        self.moves = self._moves_of_actions(stay)
+        self.num_actions = len(self.moves)
         self.slip, self.terminal_target = slip, terminal_target
         self.step_reward, self.boundary_reward = step_reward, boundary_reward
         self.forbidden_reward, self.target_reward = forbidden_reward, target_reward
-        self.render_mode = render_mode
+        self.bounce, self.render_mode = bounce, render_mode
         super().__init__(self._make_model())
         self._window: grid_rendering.Window | None = None
+
+    def _moves_of_actions(self, stay: bool) -> NDArray[np.int64]:
+        """Return ``[A, 2]``, by how many rows and columns every action moves."""
+        return MOVES if stay else MOVES[:4]
 
     def _make_model(self) -> TabularMDP:
         """Return the exact model, from which the environment samples."""
@@ -103,13 +116,16 @@ class GridWorld(TabularEnv):
         """Return where every move from every state leads and what it pays, both ``[S, A]``."""
         # A frame of walls around the map makes its boundary a wall like any other.
         framed = np.pad(self.map.numbers, 1, constant_values=-1)
-        landing = self.map.cells[:, None, :] + MOVES[None, : self.num_actions] + 1
+        landing = self.map.cells[:, None, :] + self.moves[None] + 1
         reached = framed[landing[..., 0], landing[..., 1]]
         bounced = reached < 0
         next_states = np.where(bounced, np.arange(self.map.num_states)[:, None], reached)
         by_cell = np.where(self.map.forbidden, self.forbidden_reward, self.step_reward)
         by_cell = np.where(self.map.target, self.target_reward, by_cell)
-        return next_states, np.where(bounced, self.boundary_reward, by_cell[next_states])
+        by_bounce = np.full(self.map.num_states, self.boundary_reward, dtype=np.float64)
+        if self.bounce == "boundary+forbidden":
+            by_bounce[self.map.forbidden] += self.forbidden_reward
+        return next_states, np.where(bounced, by_bounce[:, None], by_cell[next_states])
 
     def render(self) -> Any:
         """Return the grid with the agent in it: text for ``ansi``, ``[height, width, 3]`` bytes for ``rgb_array``."""
@@ -139,7 +155,7 @@ class GridWorld(TabularEnv):
             policy: ``[S, A]`` probabilities; the most probable actions are drawn as ↑ → ↓ ← and o for staying.
             decimals: digits after the point.
         """
-        return grid_rendering.text(self.map, self.mdp.terminal, values, policy, decimals)
+        return grid_rendering.text(self.map, self.mdp.terminal, self.moves, values, policy, decimals)
 
     def draw(
         self,
@@ -165,5 +181,13 @@ class GridWorld(TabularEnv):
             The matplotlib figure, to be saved with ``figure.savefig("grid.png")``.
         """
         return grid_rendering.draw(
-            self.map, self.mdp.terminal, values, policy, agent=agent, title=title, decimals=decimals, axes=axes
+            self.map,
+            self.mdp.terminal,
+            self.moves,
+            values,
+            policy,
+            agent=agent,
+            title=title,
+            decimals=decimals,
+            axes=axes,
         )

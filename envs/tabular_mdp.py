@@ -13,7 +13,7 @@ from scipy.sparse.linalg import spsolve
 
 from aligngym.envs.gymnasium_model import read_model
 from aligngym.envs.model_check import check_against_simulator
-from aligngym.envs.outcomes import Outcomes
+from aligngym.envs.outcomes import Outcomes, merge
 
 #: How far the probabilities of a row may be from summing to one before they count as wrong.
 ROW_SUM_TOLERANCE = 1e-9
@@ -54,14 +54,18 @@ class TabularMDP:
             )
         if (self.initial < 0).any() or not abs(self.initial.sum() - 1) <= ROW_SUM_TOLERANCE:
             raise ValueError(f"initial is a distribution over states, but sums to {self.initial.sum():.6g}")
-        outcomes = self._with_absorbing_terminals(outcomes)
-        self._check_outcomes(outcomes)
-        self.outcomes = outcomes = outcomes.merged(self.num_states * num_actions)
+        ends = np.repeat(self.terminal, num_actions)
+        self._check_outcomes(outcomes, ends)
+        by_row = merge(outcomes, ends.reshape(self.num_states, num_actions))
+        self.outcomes = Outcomes(by_row.rows, by_row.next_states, by_row.probabilities, by_row.rewards)
+        self.row_starts = by_row.starts
+        self.rewards = by_row.expected.reshape(self.num_states, num_actions)
+        # No copy is made: only where outcomes differ in nothing but their reward are there fewer transitions.
         shape = (self.num_states * num_actions, self.num_states)
-        self.transitions = csr_array((outcomes.probabilities, (outcomes.rows, outcomes.next_states)), shape=shape)
-        expected = np.bincount(outcomes.rows, outcomes.probabilities * outcomes.rewards, minlength=shape[0])
-        self.rewards = expected.reshape(self.num_states, num_actions)
-        self.row_starts = np.searchsorted(outcomes.rows, np.arange(shape[0] + 1))
+        self.transitions = csr_array((by_row.probabilities, by_row.next_states, by_row.starts), shape=shape)
+        if not self.transitions.has_canonical_format:
+            self.transitions = self.transitions.copy()
+            self.transitions.sum_duplicates()
 
     @classmethod
     def from_arrays(
@@ -193,6 +197,16 @@ class TabularMDP:
         return int(starts[cumulative[:-1].searchsorted(generator.random(), "right") if len(starts) > 1 else 0])
 
     @cached_property
+    def longest_row(self) -> int:
+        """The most next states that an action can have."""
+        return int(np.diff(self.transitions.indptr).max())
+
+    @cached_property
+    def largest_reward(self) -> float:
+        """The largest magnitude of r(s, a)."""
+        return float(max(self.rewards.max(), -self.rewards.min()))
+
+    @cached_property
     def cumulative(self) -> NDArray[np.float64]:
         """``[N]``, for each outcome the probability of it and of those before it in its row."""
         cumulative, lengths = self.outcomes.probabilities.copy(), np.diff(self.row_starts)
@@ -238,31 +252,24 @@ class TabularMDP:
             state, action = divmod(worst, self.num_actions)
             raise ValueError(f"state {state}, action {action}: {message.format(f'{badness[worst]:.6g}')}")
 
-    def _check_outcomes(self, outcomes: Outcomes) -> None:
+    def _check_outcomes(self, outcomes: Outcomes, ends: NDArray[np.bool_] | None = None) -> None:
+        """Refuse outcomes that make no model, except in the rows of terminal states, which are replaced anyway."""
         rows, next_states, probabilities, rewards = outcomes
         size = self.num_states * self.num_actions
-        if ((rows < 0) | (rows >= size) | (next_states < 0) | (next_states >= self.num_states)).any():
+        if ends is None:
+            ends = np.zeros(size, dtype=bool)
+        beyond = (next_states < 0) | (next_states >= self.num_states)
+        if ((rows < 0) | (rows >= size)).any() or not ends[rows[beyond]].all():
             raise ValueError(
                 f"an outcome speaks of states beyond {self.num_states} or actions beyond {self.num_actions}"
             )
-        bad = ~np.isfinite(rewards)
-        self._refuse(np.bincount(rows[bad], minlength=size), 0, "{} outcomes have a reward that is not finite")
-        negative = ~(probabilities >= 0)
-        self._refuse(np.bincount(rows[negative], minlength=size), 0, "{} outcomes have a probability that is not ≥ 0")
+        bad = np.bincount(rows[~np.isfinite(rewards)], minlength=size)
+        self._refuse(np.where(ends, 0, bad), 0, "{} outcomes have a reward that is not finite")
+        negative = np.bincount(rows[~(probabilities >= 0)], minlength=size)
+        self._refuse(np.where(ends, 0, negative), 0, "{} outcomes have a probability that is not ≥ 0")
         misses = np.abs(np.bincount(rows, probabilities, minlength=size) - 1)
+        misses[ends] = 0
         self._refuse(misses, ROW_SUM_TOLERANCE, "the probabilities do not sum to one but miss it by {}")
-
-    def _with_absorbing_terminals(self, outcomes: Outcomes) -> Outcomes:
-        ends = np.repeat(self.terminal, self.num_actions)
-        # Rows that do not exist are kept here, to be refused with a message later.
-        rows, next_states, probabilities, rewards = outcomes.select(~ends.take(outcomes.rows, mode="clip"))
-        loops = np.flatnonzero(ends)
-        return Outcomes(
-            np.concatenate([rows, loops]),
-            np.concatenate([next_states, loops // self.num_actions]),
-            np.concatenate([probabilities, np.ones(len(loops))]),
-            np.concatenate([rewards, np.zeros(len(loops))]),
-        )
 
     def _transient_states(self, transitions: csr_array, rewards: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which states may reach a terminal one, and refuse rewards that are earned for ever elsewhere."""

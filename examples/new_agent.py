@@ -13,15 +13,17 @@ from aligngym.agents import QLearning, ValueIteration
 from aligngym.agents.temporal_difference import TDControl
 from aligngym.alignment import DPO
 from aligngym.core import Decay, TabularPolicy
+from aligngym.core.compilation import compiled
 from aligngym.envs import GridWorld, TokenMDP, bradley_terry_preferences
 
 
 class ExpectedSarsa(TDControl):
     """The next state is worth the mean of Q under the ε-greedy behaviour (R. Sutton and A. Barto, section 6.6)."""
 
-    def next_value(self, next_state: int, next_action: int, epsilon: float) -> float:
-        values = self.action_values[next_state]
-        return float((1 - epsilon) * values.max() + epsilon * values.mean())
+    @staticmethod
+    @compiled
+    def next_value(values, next_action, epsilon):
+        return (1 - epsilon) * max(values) + epsilon * sum(values) / len(values)
 
 
 class ExponentialDPO(DPO):

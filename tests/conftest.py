@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Programs that tests start have several threads, which must not burn the time of other tests while they wait.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 import torch

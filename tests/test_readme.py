@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,30 @@ def test_the_language_model_snippet_runs_and_its_subclass_too(folder, monkeypatc
     before = agent.evaluate(names["train"])["loss"]
     agent.learn(iterations=1, progress=False)
     assert agent.evaluate(names["train"])["loss"] < before
+
+
+def test_the_cliff_snippet_shows_what_the_book_shows(folder, monkeypatch):
+    # R. Sutton and A. Barto, Reinforcement Learning, 2nd ed., example 6.6: Sarsa earns more while it explores.
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(SNIPPETS[3], names)
+    assert names["best"] == pytest.approx(-13)
+    sarsa, q_learning = (np.array(names["curves"][name])[:, 200:].mean(axis=1) for name in ("Sarsa", "QLearning"))
+    assert sarsa.min() > q_learning.max()
+    assert (folder / "cliff.png").stat().st_size > 10_000
+
+
+def test_the_new_temporal_difference_algorithm_is_the_one_of_the_library():
+    from aligngym.agents import ExpectedSarsa
+    from aligngym.envs import GridWorld
+
+    names: dict = {}
+    exec(SNIPPETS[4], names)
+    tables = []
+    for kind in (names["ExpectedSarsa"], ExpectedSarsa):
+        agent = kind(GridWorld(slip=0.1), discount=0.9, seed=1)
+        tables.append(agent.learn(200, progress=False).action_values)
+    np.testing.assert_array_equal(*tables)
 
 
 @pytest.mark.parametrize(

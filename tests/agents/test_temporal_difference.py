@@ -143,8 +143,9 @@ def test_a_new_algorithm_is_one_method():
     class Sarsa(TDControl):
         """The next state is worth what the behaviour does there."""
 
-        def next_value(self, next_state, next_action, epsilon):
-            return float(self.action_values[next_state, next_action])
+        @staticmethod
+        def next_value(values, next_action, epsilon):
+            return values[next_action]
 
     # R. Sutton and A. Barto, Reinforcement Learning, 2nd ed., example 6.6: Sarsa walks around the cliff at a distance,
     # Q-learning along its edge, so with ε = 0.1 Sarsa collects more while it learns.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -96,8 +97,8 @@ def test_gradient_accumulation_does_not_change_the_adapter(arguments, tmp_path):
         torch.testing.assert_close(first[name], pieces[name], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kill_after", [2, 5])
-def test_a_killed_run_resumes_to_the_same_bits(arguments, tmp_path, kill_after):
+@pytest.mark.parametrize("kill_after", [3, 5])
+def test_a_killed_run_resumes_to_the_same_bits(arguments, tmp_path, capsys, kill_after):
     assert main(arguments) == 0
     killed = [*arguments, "--output", str(tmp_path / "killed"), "--checkpoint-every", "2", "--lora-dropout", "0.0"]
     metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -110,7 +111,12 @@ def test_a_killed_run_resumes_to_the_same_bits(arguments, tmp_path, kill_after):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "adapter").exists()
+    capsys.readouterr()
     assert main([*killed, "--resume"]) == 0
+    # It goes on where the last checkpoint was: a run from the start would come to the same bits too.
+    continued = int(re.search(r"steps .*, from step (\d+)", capsys.readouterr().out)[1])
+    assert kill_after - 1 <= continued < 8
+    assert continued % 2 == 0
     whole, resumed = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("run", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
@@ -140,7 +146,10 @@ class TestRefuses:
     def _nothing_written(self, tmp_path):
         yield
         written = {path.name: path.read_text() for path in (tmp_path / "run").glob("*")}
-        assert written in ({}, {"config.yaml": "beta: 0.5\n"})
+        recorded = written.pop("config.yaml", "beta: 0.5\n").splitlines()
+        assert not written
+        # What a test has put there itself.
+        assert recorded in (["beta: 0.5"], ["beta: 0.5", f"output: {tmp_path / 'run'}"])
 
     def with_train(self, arguments, file):
         return [*arguments, "--train", file]
@@ -203,8 +212,14 @@ class TestRefuses:
         assert "already holds a run" in refused(capsys, arguments)
         assert (tmp_path / "run" / "config.yaml").read_text() == "beta: 0.5\n"
 
-    def test_resuming_with_other_options_or_without_a_run(self, arguments, capsys, tmp_path):
+    def test_resuming_without_a_run(self, arguments, capsys):
         assert "no run in" in refused(capsys, [*arguments, "--resume"])
+
+    def test_resuming_with_other_options(self, arguments, capsys, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text(f"beta: 0.5\noutput: {tmp_path / 'run'}\n")
+        error = refused(capsys, ["dpo", "--output", str(tmp_path / "run"), "--resume", "--beta", "0.25"])
+        assert "--resume continues with beta=0.5, and 0.25 was given: leave it out" in error
 
     @pytest.mark.parametrize(
         ("flags", "message"),

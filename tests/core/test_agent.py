@@ -5,7 +5,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aligngym.core import Agent, Callback, TabularPolicy
+from aligngym.core import Agent, Callback, History, TabularPolicy
 from aligngym.core.callbacks import Checkpoints
 
 
@@ -82,6 +82,15 @@ def scalars(folder):
     shown = EventAccumulator(str(folder / "tensorboard"))
     shown.Reload()
     return [(event.step, event.value) for event in shown.Scalars("x")]
+
+
+def test_a_history_keeps_every_metric():
+    history, agent = History(), Doubling()
+    learn(agent, 2, callbacks=[history])
+    learn(agent, 1, callbacks=[history])
+    assert history["x"] == [2, 4, 8]
+    with pytest.raises(KeyError):
+        history["y"]
 
 
 def test_callbacks_are_called_in_order():
