@@ -52,23 +52,23 @@ def fuse_lora(model: nn.Module) -> None:
     """Let a model's LoRA layers use :class:`FusedLora` where they are plain ones; others stay as peft has them."""
     for layer in model.modules():
         if isinstance(layer, LoraLinear) and type(layer.get_base_layer()) is nn.Linear:
-            layer.forward = partial(_forward, layer, layer.forward)
+            layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
 
 
 def _forward(layer: LoraLinear, by_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    if (
-        name not in layer.lora_A
-        or not torch.is_grad_enabled()
-        or layer.disable_adapters
-        or layer.merged
-        or name in layer.lora_variant
-        or layer.lora_bias[name]
-        or not isinstance(layer.lora_dropout[name], nn.Identity)
-        or any(parameter.requires_grad for parameter in layer.get_base_layer().parameters())
-        or args
-        or kwargs
-    ):
+    if args or kwargs or len(layer.active_adapters) != 1 or not _is_plain(layer, layer.active_adapters[0]):
         return by_peft(x, *args, **kwargs)
-    base, a, b = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
+    name, base = layer.active_adapters[0], layer.get_base_layer()
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return FusedLora.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+
+
+def _is_plain(layer: LoraLinear, name: str) -> bool:
+    """Return whether the layer's output is that of :class:`FusedLora`, and somebody may want its gradient."""
+    return (
+        torch.is_grad_enabled()
+        and name in layer.lora_A
+        and not (layer.disable_adapters or layer.merged or name in layer.lora_variant or layer.lora_bias[name])
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and not any(parameter.requires_grad for parameter in layer.get_base_layer().parameters())
+    )

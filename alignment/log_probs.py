@@ -93,7 +93,8 @@ class Packing:
             groups.setdefault(group, []).append(row)
 
         prefix = _shared_prefix([rows[members[0]][0] for members in groups.values()])
-        pieces, positions, layout, predictors, places = [], [], [], [], []
+        pieces: list[Tensor] = []
+        positions, layout, predictors, places = [], [], [], []
         end = 0
         for members in groups.values():
             prompt = rows[members[0]][0]
@@ -192,8 +193,9 @@ def shared_prompt_attention(
                 sequence = tuple(torch.cat([x[:, :, :before], y], dim=2) for x, y in zip(begin, sequence, strict=True))
             row_begin = row_begin or sequence
             group_begin = group_begin if number else sequence
+            q, k, v = sequence
             output = F.scaled_dot_product_attention(
-                *sequence, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
             )
             outputs.append(output[:, :, before:])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None

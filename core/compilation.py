@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 try:
     import numba
 except ImportError:  # pragma: no cover (everything runs without, slower)
-    numba = None
+    numba = None  # type: ignore[assignment]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
