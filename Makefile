@@ -29,7 +29,12 @@ lint: .venv/installed
 	MYPYPATH=build/types $(BIN)/mypy
 
 bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt quantecon
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/vector_grid_world.py
+	$(BIN)/python benchmarks/q_learning.py
 	$(BIN)/python benchmarks/dpo_against_trl.py
 
 clean:
 	rm -rf .venv build *.egg-info runs
+	find . -name __pycache__ -prune -exec rm -rf {} +

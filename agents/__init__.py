@@ -6,7 +6,16 @@ from aligngym.agents.dynamic_programming import DynamicProgramming, PolicyIterat
 from aligngym.agents.eligibility_traces import SarsaLambda
 from aligngym.agents.error_bounds import error_bound
 from aligngym.agents.evaluation import evaluate_episodes
-from aligngym.agents.features import Aggregation, Coordinates, Features, Fourier, OneHot, Polynomial, TileCoding
+from aligngym.agents.features import (
+    Aggregation,
+    Coordinates,
+    Features,
+    FeatureTable,
+    Fourier,
+    OneHot,
+    Polynomial,
+    TileCoding,
+)
 from aligngym.agents.gauss_seidel import GaussSeidelValueIteration
 from aligngym.agents.gradient_descent import GradientDescent, LeastSquares, MeanLoss
 from aligngym.agents.gradient_td import GTD2, TDC
@@ -42,6 +51,7 @@ __all__ = [
     "DynaQPlus",
     "DynamicProgramming",
     "ExpectedSarsa",
+    "FeatureTable",
     "Features",
     "Fourier",
     "GaussSeidelValueIteration",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from aligngym.agents.error_bounds import error_bound, longest_episode, rounding
 from aligngym.agents.tabular_agent import TabularAgent, uniform_over_best
-from aligngym.core.policy import table_shape
+from aligngym.core.spaces import table_shape
 from aligngym.envs.tabular_mdp import TabularMDP
 
 

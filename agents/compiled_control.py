@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from aligngym.core.compilation import compiled, function_pointer, interpreted
 from aligngym.core.schedules import Schedule
+from aligngym.envs.sampling import draw
 from aligngym.envs.tabular_mdp import TabularMDP
 
 #: More steps than any episode has.
@@ -84,23 +85,6 @@ def sampler(mdp: TabularMDP) -> Sampler:
     """Return what it takes to draw from a model."""
     arrays = (mdp.row_starts, mdp.cumulative, mdp.outcomes.next_states, mdp.outcomes.rewards, mdp.terminal, *mdp.starts)
     return Sampler(*(np.ascontiguousarray(array) for array in arrays))
-
-
-@compiled
-def draw(cumulative: Any, generator: np.random.Generator) -> int:
-    """Return an index drawn with the given cumulative probabilities; no number is drawn where there is one index only.
-
-    It is the first index whose cumulative probability exceeds a uniform number, found by bisection.
-    """
-    low, high = 0, len(cumulative) - 1
-    threshold = generator.random() if high > 0 else 0.0
-    while low < high:
-        middle = (low + high) // 2
-        if cumulative[middle] <= threshold:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 @compiled

@@ -136,8 +136,8 @@ class DynamicProgramming(TabularAgent):
         if allowance is None:
             # A sweep in place has read values from before it too.
             allowance = rounding(self.mdp, self.values, self.discount, change)
-        self.residual = self.discount * change + allowance
-        self._exhausted = change <= allowance
+        self.residual = float(self.discount * change + allowance)
+        self._exhausted = bool(change <= allowance)
 
     def _metrics(self) -> Metrics:
         return {"error_bound": self.error_bound, "residual": self.residual}

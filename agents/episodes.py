@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from aligngym.agents.endless_tasks import time_limit
 from aligngym.agents.markov_chain import markov_chain, stuck_state
 from aligngym.core.compilation import compiled
+from aligngym.envs import sampling
 from aligngym.envs.tabular_env import model_of
 from aligngym.envs.tabular_mdp import TabularMDP
 
@@ -183,12 +184,13 @@ def _play(
     for episode in range(count):
         state, action, length = first_states[episode], first_actions[episode], 0
         if state < 0:
-            state = start_states[_sample(start_cumulative, 0, len(start_states), env_generator)]
+            state = start_states[sampling.draw(start_cumulative, env_generator)]
         while length < max_steps and not terminated[episode]:
             if action < 0:
                 action = draw(policy[state], generator.random())
             row = state * policy.shape[1] + action
-            outcome = _sample(cumulative, row_starts[row], row_starts[row + 1], env_generator)
+            first, end = row_starts[row], row_starts[row + 1]
+            outcome = first + sampling.draw(cumulative[first:end], env_generator)
             if size == len(states):
                 states, actions = np.concatenate((states, states)), np.concatenate((actions, actions))
                 rewards = np.concatenate((rewards, rewards))
@@ -197,16 +199,6 @@ def _play(
             terminated[episode] = terminal[state]
         offsets[episode + 1], last_states[episode] = size, state
     return states[:size], actions[:size], rewards[:size], offsets, last_states, terminated
-
-
-@compiled
-def _sample(cumulative: Floats, index: int, end: int, generator: np.random.Generator) -> int:
-    """Return which of the outcomes from ``index`` to ``end`` happens: one uniform number, if there is a choice."""
-    if end - index > 1:
-        uniform = generator.random()
-        while index < end - 1 and cumulative[index] <= uniform:
-            index += 1
-    return index
 
 
 @compiled

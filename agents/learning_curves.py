@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from scipy.stats import t
+from scipy.special import stdtrit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def draw_learning_curves(
         x, mean = x[smooth - 1 :], runs.mean(axis=0)
         (lines[label],) = axes.plot(x, mean, label=label, linewidth=1.6)
         if len(runs) > 1:
-            half = t.ppf(0.975, len(runs) - 1) * runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+            half = stdtrit(len(runs) - 1, 0.975) * runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
             axes.fill_between(x, mean - half, mean + half, color=lines[label].get_color(), alpha=0.18, linewidth=0)
     if isinstance(exact, Mapping):
         if exact.keys() - lines.keys():

@@ -27,8 +27,8 @@ from aligngym.agents.markov_chain import checked_policy
 from aligngym.agents.tabular_agent import TabularAgent
 from aligngym.core.callbacks import Metrics
 from aligngym.core.compilation import compiled
-from aligngym.core.policy import table_shape
 from aligngym.core.schedules import Power, Schedule, as_schedule
+from aligngym.core.spaces import table_shape
 
 
 class MonteCarlo(TabularAgent):

@@ -20,7 +20,7 @@ from aligngym.agents.episodes import exact_values, fitted, model_or_none, play_e
 from aligngym.agents.markov_chain import checked_policy, markov_chain, stuck_state
 from aligngym.agents.tabular_agent import TabularAgent
 from aligngym.core.callbacks import Metrics
-from aligngym.core.policy import table_shape
+from aligngym.core.spaces import table_shape
 from aligngym.envs.tabular_mdp import TabularMDP
 
 #: More steps than any episode has.

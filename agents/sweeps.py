@@ -31,7 +31,7 @@ class Rows(NamedTuple):
         rewards: ``[S, A]``, r(s, a).
     """
 
-    starts: Integers
+    starts: Numbers
     next_states: Numbers
     probabilities: Values
     rewards: Values
@@ -47,7 +47,7 @@ class Chain(NamedTuple):
         rewards: ``[S]``, r(s, π(s)).
     """
 
-    starts: Integers
+    starts: Numbers
     next_states: Numbers
     weights: Values
     rewards: Values
@@ -56,7 +56,7 @@ class Chain(NamedTuple):
 def rows_of(mdp: TabularMDP) -> Rows:
     """Return a model as the loops read it, without a copy."""
     matrix = mdp.transitions
-    return Rows(matrix.indptr, _unsigned(matrix.indices), matrix.data, mdp.rewards)
+    return Rows(_unsigned(matrix.indptr), _unsigned(matrix.indices), matrix.data, mdp.rewards)
 
 
 def empty_chain(rows: Rows) -> Chain:
@@ -93,7 +93,7 @@ def improve(values: Values, updated: Values, rows: Rows, discount: float, action
     num_states, num_actions = rows.rewards.shape
     largest, first = 0.0, rows.starts[0]
     for state in range(num_states):
-        best = -np.inf
+        best, chosen = -np.inf, 0
         for action in range(num_actions):
             end = rows.starts[state * num_actions + action + 1]
             following = 0.0
@@ -101,9 +101,10 @@ def improve(values: Values, updated: Values, rows: Rows, discount: float, action
                 following += rows.probabilities[index] * values[rows.next_states[index]]
             first = end
             following = rows.rewards[state, action] + discount * following
-            if following > best:
-                best = following
-                actions[state] = action
+            # Which action is best cannot be foreseen, so nothing here is a jump.
+            chosen = action if following > best else chosen
+            best = max(best, following)
+        actions[state] = chosen
         largest = max(largest, abs(best - values[state]))
         updated[state] = best
     return largest

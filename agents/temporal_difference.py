@@ -27,10 +27,11 @@ from aligngym.agents.endless_tasks import refuse_endless_task, time_limit
 from aligngym.core.callbacks import Metrics
 from aligngym.core.compilation import compiled, interpreted
 from aligngym.core.schedules import Power, Schedule, as_schedule
+from aligngym.envs import sampling
 from aligngym.envs.tabular_env import model_of
 
 #: The same functions that the compiled loop is made of, run by Python, which is faster for a single call.
-draw, epsilon_greedy = interpreted(compiled_control.draw), interpreted(compiled_control.epsilon_greedy)
+draw, epsilon_greedy = interpreted(sampling.draw), interpreted(compiled_control.epsilon_greedy)
 
 
 class Step(NamedTuple):

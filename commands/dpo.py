@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     from aligngym.alignment import DPO, LanguagePolicy, default_lora
     from aligngym.core import Constant, Decay
-    from aligngym.core.callbacks import check_trackers
+    from aligngym.core.tracking import check_trackers
 
     trackers = [name for name in options.trackers.split(",") if name]
     check_trackers(trackers)

@@ -1,9 +1,10 @@
 """What every learner shares: trajectories, policies, advantages, objectives and the agents' loop."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from aligngym.core.agent import Agent
 from aligngym.core.callbacks import Callback, History
-from aligngym.core.gradient_agent import EpochOrder, GradientAgent
-from aligngym.core.policy import Evaluation, Policy, TabularPolicy
 from aligngym.core.schedules import (
     Conditions,
     Constant,
@@ -14,7 +15,11 @@ from aligngym.core.schedules import (
     dvoretzky_conditions,
     robbins_monro_conditions,
 )
-from aligngym.core.trajectories import PADDING, Preferences, Trajectories
+
+if TYPE_CHECKING:
+    from aligngym.core.gradient_agent import EpochOrder, GradientAgent
+    from aligngym.core.policy import Evaluation, Policy, TabularPolicy
+    from aligngym.core.trajectories import PADDING, Preferences, Trajectories
 
 __all__ = [
     "PADDING",
@@ -37,3 +42,21 @@ __all__ = [
     "dvoretzky_conditions",
     "robbins_monro_conditions",
 ]
+
+#: Imported when they are first asked for: they need torch, and a planner in a grid does not.
+_NEED_TORCH = {
+    "EpochOrder": "gradient_agent",
+    "GradientAgent": "gradient_agent",
+    "Evaluation": "policy",
+    "Policy": "policy",
+    "TabularPolicy": "policy",
+    "PADDING": "trajectories",
+    "Preferences": "trajectories",
+    "Trajectories": "trajectories",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

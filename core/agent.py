@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from aligngym.core.callbacks import Callback, Checkpoints, Metrics, Progress, Tracking
+from aligngym.core.callbacks import Callback, Checkpoints, Metrics, Progress
 from aligngym.core.storage import load_tree, save_tree
 
 
@@ -99,7 +99,7 @@ class Agent(ABC):
         around: list[Callback] = []
         if self.is_main_process:
             around += [Progress()] if progress else []
-            around += [Tracking(output, trackers)] if output is not None else []
+            around += _tracking(output, trackers) if output is not None else []
         # Every process of a distributed run takes part in a checkpoint; one of them writes it.
         around += [Checkpoints(output, checkpoint_every)] if output is not None and checkpoint_every else []
         around += callbacks if self.is_main_process else []
@@ -146,3 +146,10 @@ class Agent(ABC):
         self.load_state_dict(tree["state"])
         self.iteration = tree["iteration"]
         return self
+
+
+def _tracking(output: str | Path, trackers: Sequence[str]) -> list[Callback]:
+    # accelerate takes seconds to import, and agents that write nothing do without.
+    from aligngym.core.tracking import Tracking
+
+    return [Tracking(output, trackers)]

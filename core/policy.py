@@ -11,6 +11,7 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
+from aligngym.core.spaces import table_shape
 from aligngym.core.storage import load_tree, save_tree
 from aligngym.core.trajectories import Trajectories
 
@@ -71,18 +72,6 @@ class Policy(nn.Module, ABC):
             raise ValueError("the saved parameters are not those of this policy: was it made with other arguments?")
         for name, parameter in own.items():
             parameter.copy_(state[name])
-
-
-def table_shape(env: gymnasium.Env) -> tuple[int, int]:
-    """Return S and A, the rows and columns of a table that fits an environment.
-
-    Raises:
-        TypeError: unless its observations and actions are discrete and counted from 0.
-    """
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gymnasium.spaces.Discrete) or space.start != 0:
-            raise TypeError(f"a table needs discrete observations and actions counted from 0, not {space}")
-    return int(env.observation_space.n), int(env.action_space.n)  # type: ignore[attr-defined]
 
 
 class TabularPolicy(Policy):

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 
 @contextmanager
@@ -40,6 +38,10 @@ def save_tree(path: str | Path, tree: dict[str, Any]) -> None:
     Raises:
         TypeError: for a value that is neither a tensor, an array nor JSON.
     """
+    # Imported here, because whoever saves nothing, such as a planner, can do without.
+    import torch
+    from safetensors.torch import save_file
+
     tensors: dict[str, torch.Tensor] = {}
 
     def skeleton(node: Any) -> Any:

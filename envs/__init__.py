@@ -3,12 +3,14 @@
 Importing this package registers every environment below with Gymnasium, as ``aligngym/GridWorld-v0`` and so on.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import gymnasium
 
 from aligngym.envs.bairds_counterexample import BairdsCounterexample
 from aligngym.envs.blackjack import Blackjack
 from aligngym.envs.changing_maze import BlockingMaze, ChangingMaze, ShortcutMaze
-from aligngym.envs.enumeration import bradley_terry_preferences, enumerate_trajectories
 from aligngym.envs.finite_horizon import FiniteHorizon
 from aligngym.envs.gamblers_problem import GamblersProblem
 from aligngym.envs.grid_map import GridMap
@@ -21,10 +23,13 @@ from aligngym.envs.short_corridor import AliasedStates, ShortCorridor
 from aligngym.envs.tabular_env import TabularEnv
 from aligngym.envs.tabular_mdp import TabularMDP
 from aligngym.envs.textbook_grids import CliffWalking, CornerGrid, DynaMaze, TwoSpecialStates, ZhaoGrid
-from aligngym.envs.token_mdp import TokenMDP
 from aligngym.envs.vector_grid_world import VectorGridWorld
 from aligngym.envs.vector_tabular_env import VectorTabularEnv
 from aligngym.envs.windy_grid import WindyGrid
+
+if TYPE_CHECKING:
+    from aligngym.envs.enumeration import bradley_terry_preferences, enumerate_trajectories
+    from aligngym.envs.token_mdp import TokenMDP
 
 __all__ = [
     "AliasedStates",
@@ -84,3 +89,16 @@ for _environment, _limit in TIME_LIMITS.items():
         vector_entry_point=VectorGridWorld if _environment is GridWorld else None,
         max_episode_steps=_limit,
     )
+
+#: Imported when they are first asked for: they need torch, and a grid does not.
+_NEED_TORCH = {
+    "TokenMDP": "token_mdp",
+    "bradley_terry_preferences": "enumeration",
+    "enumerate_trajectories": "enumeration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

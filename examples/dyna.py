@@ -13,16 +13,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from aligngym.agents import PolicyIteration
-from aligngym.agents.dyna import DynaQ, PrioritizedDyna
-from aligngym.envs import GridWorld
+from aligngym.agents import DynaQ, PolicyIteration, PrioritizedDyna, draw_learning_curves
+from aligngym.core import History
+from aligngym.envs import DynaMaze
 
-MAZE = ".......#G\n..#....#.\nS.#....#.\n..#......\n.....#...\n........."
 DISCOUNT, EPISODES, SEEDS = 0.95, 40, 8
 
 
 def main(folder: Path) -> None:
-    env = GridWorld(MAZE, boundary_reward=0.0)
+    env = DynaMaze()
     exact = PolicyIteration(env, DISCOUNT).learn(progress=False)
     start = float(exact.mdp.initial @ exact.values)
     shortest = 1 + round(np.log(start) / np.log(DISCOUNT))
@@ -30,23 +29,23 @@ def main(folder: Path) -> None:
     algorithms = [(f"Dyna-Q, {n} planning steps", DynaQ, n) for n in (0, 5, 50)]
     algorithms.append(("prioritised sweeping, 5", PrioritizedDyna, 5))
 
-    figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
-    curves, first, second = figure.subplots(1, 3, width_ratios=(1, 1.1, 1.1))
+    lengths = {}
     print("                             steps in episode 2, 5, 20, 40   value of the start learned")
     for name, kind, planning_steps in algorithms:
-        lengths, values = np.zeros((SEEDS, EPISODES)), []
-        for seed in range(SEEDS):
+        runs, values = [History() for _ in range(SEEDS)], []
+        for seed, history in enumerate(runs):
             agent = kind(env, DISCOUNT, planning_steps, step_size=0.1 if kind is DynaQ else 1.0, seed=seed)
-            for agent.iteration in range(EPISODES):
-                lengths[seed, agent.iteration] = agent.iterate()["length"]
+            agent.learn(EPISODES, progress=False, callbacks=[history])
             values.append(env.mdp.initial @ agent.values)
-        mean = lengths.mean(axis=0)
-        print(f"  {name:26} " + "".join(f"{mean[k - 1]:7.1f}" for k in (2, 5, 20, 40)) + f"{np.mean(values):22.4f}")
-        curves.semilogy(range(2, EPISODES + 1), mean[1:], label=name)
-    curves.axhline(shortest, color="black", linestyle=":", label=f"the shortest way, {shortest}")
-    curves.set(title=f"steps in an episode, mean of {SEEDS} runs", xlabel="episode")
-    curves.grid(alpha=0.3, which="both")
-    curves.legend(frameon=False, fontsize=8)
+        lengths[name] = [history["length"] for history in runs]
+        mean = np.mean(lengths[name], axis=0)
+        shown = "".join(f"{mean[k - 1]:7.1f}" for k in (2, 5, 20, 40) if k <= EPISODES)
+        print(f"  {name:26} {shown}{np.mean(values):22.4f}")
+
+    figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
+    curves, first, second = figure.subplots(1, 3, width_ratios=(1, 1.1, 1.1))
+    draw_learning_curves(lengths, shortest, title=f"steps in an episode, {SEEDS} runs", axes=curves)
+    curves.set_yscale("log")
     for axes, planning_steps in ((first, 0), (second, 50)):
         agent = DynaQ(env, DISCOUNT, planning_steps, step_size=0.1, seed=1).learn(2, progress=False)
         title = f"after 2 episodes, {planning_steps} planning steps"

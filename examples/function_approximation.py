@@ -12,16 +12,21 @@ import gymnasium
 import numpy as np
 from matplotlib.figure import Figure
 
-from aligngym.agents.features import Aggregation, Coordinates, FeatureTable, Fourier, Polynomial, TileCoding
-from aligngym.agents.gradient_td import TDC
-from aligngym.agents.least_squares_td import LSTD
-from aligngym.agents.linear_control import SemiGradientSarsa
-from aligngym.agents.linear_prediction import SemiGradientTD
-from aligngym.agents.projected_bellman import ProjectedBellman
-from aligngym.core.schedules import Power
-from aligngym.envs.bairds_counterexample import BairdsCounterexample
-from aligngym.envs.random_walk import RandomWalk
-from aligngym.envs.textbook_grids import ZhaoGrid
+from aligngym.agents import (
+    LSTD,
+    TDC,
+    Aggregation,
+    Coordinates,
+    FeatureTable,
+    Fourier,
+    Polynomial,
+    ProjectedBellman,
+    SemiGradientSarsa,
+    SemiGradientTD,
+    TileCoding,
+)
+from aligngym.core import Power
+from aligngym.envs import BairdsCounterexample, RandomWalk, ZhaoGrid
 
 
 def a_thousand_states_in_ten_groups(axes):

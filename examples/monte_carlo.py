@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from aligngym.agents import PolicyIteration
-from aligngym.agents.monte_carlo_control import MCBasic, MCEpsilonGreedy, MCExploringStarts, epsilon_soft
-from aligngym.agents.off_policy_monte_carlo import OffPolicyMCPrediction
-from aligngym.core.schedules import Power
-from aligngym.envs import GridWorld, TabularEnv, TabularMDP
+from aligngym.agents import MCBasic, MCEpsilonGreedy, MCExploringStarts, OffPolicyMCPrediction, PolicyIteration
+from aligngym.agents.monte_carlo_control import epsilon_soft
+from aligngym.core import Power
+from aligngym.envs import GridWorld, TabularEnv, TabularMDP, ZhaoGrid
 
 DISCOUNT, EPSILON = 0.9, 0.3
 #: Episodes between two improvements of the policy, and after which numbers of episodes to look.
@@ -57,7 +56,7 @@ def importance_sampling(weighted, seed):
 def main(folder: Path) -> None:
     # S. Zhao, Mathematical Foundations of Reinforcement Learning, figure 5.4: an episode must be long enough to see
     # the target.
-    zhao = GridWorld(stay=True, terminal_target=False, forbidden_reward=-10.0)
+    zhao = ZhaoGrid(forbidden_reward=-10.0)
     for length in (1, 14, 15, 100):
         agent = MCBasic(zhao, DISCOUNT, length).learn(progress=False)
         print(f"MC Basic, episodes of {length} steps\n{zhao.text(agent.values, decimals=1)}\n")

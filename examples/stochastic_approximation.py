@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from aligngym.agents.gradient_descent import GradientDescent, MeanLoss
-from aligngym.agents.noise import GaussianNoise
-from aligngym.agents.stochastic_approximation import IncrementalMean, RobbinsMonro
-from aligngym.core.schedules import Constant, Power, robbins_monro_conditions
+from aligngym.agents import GaussianNoise, GradientDescent, IncrementalMean, MeanLoss, RobbinsMonro
+from aligngym.core import Constant, Power, robbins_monro_conditions
 
 SCHEDULES = {
     "1/k": (Power(), "#1f6fb4"),

@@ -10,83 +10,64 @@ edge, and falls off it now and then.
 import sys
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 from matplotlib.figure import Figure
 
-from aligngym.agents import QLearning
-from aligngym.agents.temporal_difference import ExpectedSarsa, Sarsa
-from aligngym.core.callbacks import Callback
-from aligngym.envs import TabularEnv, TabularMDP
+from aligngym.agents import ExpectedSarsa, QLearning, Sarsa, draw_learning_curves
+from aligngym.core import History
+from aligngym.envs import CliffWalking
 
 EPSILON, EPISODES, SEEDS = 0.1, 500, 20
-MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
 
 
-class Returns(Callback):
-    """Keeps the return of every iteration."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_iteration(self, agent, metrics):
-        self.values.append(metrics["return"])
-
-
-def fixed_point(mdp: TabularMDP, epsilon: float) -> np.ndarray:
-    """Return Q of the best ε-soft policy; with ε = 0, Q*."""
+def optimum(mdp, epsilon):
+    """Return Q of the best ε-soft policy, by value iteration; with ε = 0, Q*."""
     values = np.zeros(mdp.rewards.shape)
     for _ in range(2000):
         values = mdp.action_values((1 - epsilon) * values.max(axis=1) + epsilon * values.mean(axis=1), 1.0)
     return values
 
 
-def exploring_return(mdp: TabularMDP, action_values: np.ndarray) -> float:
-    """Return what the ε-greedy policy of a table earns in the mean, exactly."""
-    greedy = np.eye(4)[action_values.argmax(axis=1)]
-    return float(mdp.initial @ mdp.evaluate((1 - EPSILON) * greedy + EPSILON / 4, 1.0))
+def greedy(action_values):
+    return np.eye(4)[action_values.argmax(axis=1)]
 
 
-def path(mdp: TabularMDP, action_values: np.ndarray) -> np.ndarray:
-    """Return ``[T, 2]``, rows and columns of the greedy path."""
-    state, visited = int(mdp.initial.argmax()), []
-    while not mdp.terminal[state] and len(visited) < 50:
-        visited.append(divmod(state, 12))
+def visits(mdp, action_values):
+    """Return how often the greedy policy visits each state on its way from the start."""
+    state, counts = int(mdp.initial.argmax()), np.zeros(mdp.num_states)
+    while not mdp.terminal[state] and counts.max() < 2:
+        counts[state] += 1
         state = int(mdp.transitions[[state * 4 + action_values[state].argmax()]].indices[0])
-    return np.array([*visited, divmod(state, 12)])
+    return counts
 
 
 def main(folder: Path) -> None:
-    env = TabularEnv(TabularMDP.from_env(gymnasium.make("CliffWalking-v1")))
-    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
-    grid, curves = figure.subplots(1, 2)
-    grid.imshow(np.arange(48).reshape(4, 12) // 37 % 2 * (np.arange(48).reshape(4, 12) < 47), cmap="Greys", alpha=0.6)
-    print("                     earned while learning   at its limit, exactly   steps of the greedy path")
-    for number, (kind, epsilon) in enumerate(((Sarsa, EPSILON), (ExpectedSarsa, EPSILON), (QLearning, 0.0))):
-        curve, agents = [], []
-        for seed in range(SEEDS):
-            returns = Returns()
+    env = CliffWalking()
+    curves, limits, tables = {}, {}, {}
+    for kind, epsilon in ((Sarsa, EPSILON), (ExpectedSarsa, EPSILON), (QLearning, 0.0)):
+        runs = [History() for _ in range(SEEDS)]
+        for seed, history in enumerate(runs):
             agent = kind(env, discount=1.0, step_size=0.5, epsilon=EPSILON, seed=seed)
-            agents.append(agent.learn(EPISODES, progress=False, callbacks=[returns]))
-            curve.append(returns.values)
-        earned, limit = np.mean(curve, axis=0), fixed_point(env.mdp, epsilon)
-        exact, steps = exploring_return(env.mdp, limit), len(path(env.mdp, limit)) - 1
-        print(f"  {kind.__name__:18} {earned[100:].mean():21.1f} {exact:23.1f} {steps:26}")
-        smooth = np.convolve(earned, np.ones(10) / 10, "valid")
-        (line,) = curves.plot(smooth, label=kind.__name__, linewidth=1.5)
-        curves.axhline(exact, color=line.get_color(), linestyle=":", linewidth=1)
-        taken = path(env.mdp, agents[0].action_values) + 0.09 * (number - 1)
-        grid.plot(taken[:, 1], taken[:, 0], marker=".", color=line.get_color(), linewidth=2)
-    for column, letter in ((0, "S"), (11, "G")):
-        grid.text(column, 3.3, letter, ha="center", va="center", fontweight="bold")
-    grid.text(5.5, 3, "the cliff: −100, and back to S", ha="center", va="center", color="white")
-    grid.set(xticks=np.arange(12) + 0.5, yticks=np.arange(4) + 0.5, xticklabels=[], yticklabels=[])
-    grid.grid(alpha=0.4)
-    grid.tick_params(length=0)
-    grid.set_title("the greedy path that one run of each has learned")
-    curves.set(ylim=(-100, 0), xlabel="episode", title=f"sum of rewards an episode, mean of {SEEDS} runs")
-    curves.grid(alpha=0.3)
-    curves.legend(frameon=False, loc="lower right", title="dotted: exact, at the limit")
+            agent.learn(EPISODES, progress=False, callbacks=[history])
+        limit = optimum(env.mdp, epsilon)
+        exploring = (1 - EPSILON) * greedy(limit) + EPSILON / 4
+        curves[kind.__name__] = [history["return"] for history in runs]
+        limits[kind.__name__] = float(env.mdp.initial @ env.mdp.evaluate(exploring, 1.0))
+        tables[kind.__name__] = limit
+
+    print("                  earned while learning   at its limit, exactly   steps of its greedy path")
+    for name, curve in curves.items():
+        late = np.array(curve)[:, EPISODES // 5 :].mean()
+        print(f"{name:15} {late:23.1f} {limits[name]:23.1f} {int(visits(env.mdp, tables[name]).sum()):26}")
+
+    figure = Figure(figsize=(15, 6.4), dpi=120, layout="constrained")
+    paths, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    for axes, name in zip(paths.subplots(2, 1), ("Sarsa", "QLearning"), strict=True):
+        table, title = tables[name], f"{name} at its limit: values, and the greedy policy"
+        env.draw(table.max(axis=1), greedy(table), title=title, decimals=0, axes=axes)
+    title = f"sum of rewards an episode, {SEEDS} runs with ε = {EPSILON}"
+    draw_learning_curves(curves, limits, smooth=10, title=title, axes=right.subplots())
+    right.axes[0].set_ylim(-100, 0)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "td_control.png")
     print(f"\ndrawn in {folder / 'td_control.png'}")

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from aligngym.agents.td_lambda import TDLambda
-from aligngym.agents.td_prediction import TD0, NStepTD
-from aligngym.core.schedules import Power
-from aligngym.envs.random_walk import RandomWalk
+from aligngym.agents import TD0, NStepTD, TDLambda
+from aligngym.core import Power
+from aligngym.envs import RandomWalk
 
 REPETITIONS, EPISODES = 30, 10
 STEP_SIZES = np.array([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0])

@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,25 @@ def test_everything_public_is_documented(name):
                 assert any(getattr(getattr(base, member, None), "__doc__", None) for base in kind.__mro__), (
                     f"{kind.__name__}.{member}"
                 )
+
+
+def test_planning_in_a_grid_needs_no_torch():
+    """It takes seconds to import, and memory that a model of a million states would like to have."""
+    program = (
+        "import sys\n"
+        "from aligngym.agents import PolicyIteration, QLearning\n"
+        "from aligngym.envs import GridWorld\n"
+        "PolicyIteration(GridWorld(), 0.9).learn(progress=False)\n"
+        "QLearning(GridWorld(), 0.9).learn(1, progress=False)\n"
+        "assert not {'torch', 'accelerate', 'transformers'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("room", ["core", "envs", "agents", "alignment"])
+def test_every_public_name_is_there(room):
+    package = importlib.import_module(f"aligngym.{room}")
+    for name in package.__all__:
+        assert getattr(package, name) is not None, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        package.nothing  # noqa: B018

@@ -108,6 +108,12 @@ def test_the_new_temporal_difference_algorithm_is_the_one_of_the_library():
         ("python examples/q_learning.py out", "exact"),
         ("python examples/dpo_on_a_grid.py", "from the optimum"),
         ("python examples/new_agent.py", "at its optimum"),
+        ("python examples/monte_carlo.py out", "ε-greedy to the best ε-soft policy"),
+        ("python examples/stochastic_approximation.py out", "Σ α_k² < ∞"),
+        ("python examples/td_prediction.py out", "n =   4   0.261 at α = 0.4"),
+        ("python examples/td_control.py out", "steps of its greedy path"),
+        ("python examples/dyna.py out", "the shortest way has 14 steps"),
+        ("python examples/function_approximation.py out", "mountain car"),
     ],
 )
 def test_examples_run(command, expected, folder):

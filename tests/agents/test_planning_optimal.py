@@ -201,6 +201,15 @@ def test_few_sweeps_are_needed_where_value_iteration_needs_thousands():
     assert sweeps[2] < 12
 
 
+def test_prioritized_sweeping_follows_a_change_to_those_who_lead_there():
+    # The step to the target is the only error at first, and each backup makes the state before it urgent, and the one
+    # behind it, in vain: 16 backups make 8 steps, where the sweep at the end of the iteration makes one.
+    agent = PrioritizedSweeping(GridWorld("S" + "." * 14 + "G", boundary_reward=0), 0.9)
+    agent.iterate()
+    np.testing.assert_allclose(agent.values[7:], [*(0.9 ** np.arange(7, -1, -1)), 0], atol=1e-15)
+    assert agent.backups == 16
+
+
 def test_prioritized_sweeping_looks_at_few_states_where_few_are_wrong():
     mdp = slip_grid(30).mdp
     agent = PrioritizedSweeping(mdp, 0.99, tolerance=1e-9).learn(progress=False)
@@ -235,6 +244,7 @@ def test_free_loops_do_not_hold_an_undiscounted_planner(planner):
     for _ in range(3):
         agent.iterate()
         np.testing.assert_array_equal(agent.values, [1, 1, 1, 1, 0])
+        assert agent.finished
     # Nothing is better than walking for ever where the only end costs 5.
     grid = GridWorld("S.G", target_reward=-5, boundary_reward=-1)
     agent = planner(grid, 1.0).learn(1000, progress=False)

@@ -166,6 +166,12 @@ def test_merged_outcomes_are_those_of_a_dictionary(seed, request):
     np.testing.assert_allclose(mdp.transitions.toarray(), dense, atol=1e-15)
 
 
+def test_rows_that_miss_one_by_little_are_normalised():
+    outcomes = Outcomes(np.zeros(3, dtype=int), np.arange(3), np.array([0.1, 0.2, 0.7]) * (1 + 5e-10), np.zeros(3))
+    mdp = TabularMDP(outcomes, np.eye(3)[0], np.arange(3) > 0, 1)
+    assert abs(mdp.outcomes.probabilities[:3].sum() - 1) < 1e-15
+
+
 def test_a_long_unsorted_row_is_sorted():
     generator = np.random.default_rng(0)
     order = generator.permutation(500)
@@ -180,7 +186,10 @@ def test_a_model_without_equal_transitions_is_stored_once():
     mdp = GridWorld(slip=0.2, forbidden_reward=0, boundary_reward=0, target_reward=0).mdp
     assert np.shares_memory(mdp.transitions.data, mdp.outcomes.probabilities)
     assert np.shares_memory(mdp.transitions.indices, mdp.outcomes.next_states)
-    # Bounces of different reward lead to one and the same state: they are one transition.
-    mdp = GridWorld("S.\n.G", slip=0.2, stay=True).mdp
     assert mdp.outcomes.next_states.dtype == np.int32
-    mdp.check_model()
+    # Two rewards for one next state are two outcomes and one transition.
+    columns = np.zeros(2, dtype=int), np.ones(2, dtype=int), np.array([0.25, 0.75]), np.array([1.0, 5.0])
+    mdp = TabularMDP(Outcomes(*columns), [1.0, 0.0], [False, True], 1)
+    assert (len(mdp.outcomes.rows), mdp.transitions.nnz) == (3, 2)
+    assert (mdp.transitions[0, 1], mdp.rewards[0, 0]) == (1.0, 4.0)
+    np.testing.assert_array_equal(mdp.outcomes.probabilities, [0.25, 0.75, 1.0])
