@@ -163,9 +163,7 @@ class ValueIteration(DynamicProgramming):
 
     def __init__(self, mdp: TabularMDP | gymnasium.Env, discount: float, tolerance: float = 1e-6) -> None:
         super().__init__(mdp, discount, tolerance)
-        # A subclass that iterates otherwise has an operator of its own, of which nothing is proved here.
-        if type(self).iterate is ValueIteration.iterate:
-            self._refuse_unbounded_values()
+        self._refuse_unbounded_values()
 
     def iterate(self) -> Metrics:
         """Sweep once over all states."""

@@ -72,6 +72,9 @@ class SoftValueIteration(ValueIteration):
             self._step_back(self.horizon)
         return self._metrics()
 
+    def _refuse_unbounded_values(self) -> None:
+        """Refuse nothing: the penalty can make finite what would be earned for ever."""
+
     def _step_back(self, horizon: int) -> None:
         """Compute the values of time t = horizon − steps_to_go − 1 from those of time t + 1."""
         if self.steps_to_go == horizon:
