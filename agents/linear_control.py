@@ -24,8 +24,10 @@ from aligngym.agents.evaluation import evaluate_episodes
 from aligngym.agents.features import Features
 from aligngym.agents.linear_prediction import check_shape, divergence
 from aligngym.agents.tabular_agent import uniform_over_best
+from aligngym.agents.temporal_difference import ExpectedSarsa, QLearning, Sarsa, epsilon_greedy
 from aligngym.core.agent import Agent
 from aligngym.core.callbacks import Metrics
+from aligngym.core.compilation import interpreted
 from aligngym.core.schedules import Schedule, as_schedule
 
 Floats = NDArray[np.float64]
@@ -105,13 +107,13 @@ class LinearControl(Agent):
         epsilon = self.epsilon(self.iteration)
         observation, _ = self.env.reset(seed=int(generator.integers(2**31)))
         row = self.features(observation)
-        action = self.explore(self.weights @ row, epsilon, generator)
+        action = epsilon_greedy(self.weights @ row, epsilon, generator)
         total, length, over = 0.0, 0, False
         while not over:
             observation, reward, terminated, truncated, _ = self.env.step(action)
             next_row = self.features(observation)
             next_values = self.weights @ next_row
-            next_action = self.explore(next_values, epsilon, generator)
+            next_action = epsilon_greedy(next_values, epsilon, generator)
             following = 0.0 if terminated else self.next_value(next_values, next_action, epsilon)
             self.update(row, action, float(reward) + self.discount * following)
             row, action = next_row, next_action
@@ -128,13 +130,6 @@ class LinearControl(Agent):
         self.steps += 1
         if not math.isfinite(value):
             raise FloatingPointError(divergence(self))
-
-    def explore(self, values: Floats, epsilon: float, generator: np.random.Generator) -> int:
-        """Return an ε-greedy action for ``[A]`` values, ties broken at random."""
-        if generator.random() < epsilon:
-            return int(generator.integers(len(values)))
-        best = np.flatnonzero(values == values.max())
-        return int(best[0] if len(best) == 1 else best[generator.integers(len(best))])
 
     def action_values(self, observations: ArrayLike) -> Floats:
         """Return ``[..., A]``, Q(s, a) of each observation."""
@@ -206,19 +201,13 @@ class SemiGradientSarsa(LinearControl):
     Sutton and Barto, section 10.1.
     """
 
-    @staticmethod
-    def next_value(values: Floats, next_action: int, epsilon: float) -> float:
-        """Return Q(s', a')."""
-        return float(values[next_action])
+    next_value = staticmethod(interpreted(Sarsa.next_value))
 
 
 class SemiGradientExpectedSarsa(LinearControl):
     """Semi-gradient Expected Sarsa: the next state is worth Σ_a π(a | s') Q(s', a), π being ε-greedy."""
 
-    @staticmethod
-    def next_value(values: Floats, next_action: int, epsilon: float) -> float:
-        """Return (1 − ε) max_a Q(s', a) + ε times the mean of Q(s', ·)."""
-        return float((1 - epsilon) * values.max() + epsilon * values.mean())
+    next_value = staticmethod(interpreted(ExpectedSarsa.next_value))
 
 
 class SemiGradientQLearning(LinearControl):
@@ -228,7 +217,4 @@ class SemiGradientQLearning(LinearControl):
     small. Zhao, section 8.3.2.
     """
 
-    @staticmethod
-    def next_value(values: Floats, next_action: int, epsilon: float) -> float:
-        """Return max_a Q(s', a)."""
-        return float(values.max())
+    next_value = staticmethod(interpreted(QLearning.next_value))

@@ -149,14 +149,6 @@ def test_acting_takes_the_best_action_and_breaks_ties_on_request():
         agent.act(0, greedy=False)
 
 
-def test_exploration_is_epsilon_greedy_with_fair_ties():
-    agent = SemiGradientSarsa(GridWorld(), OneHot(25), 0.9, 0.1)
-    generator, values = np.random.default_rng(0), np.array([0.0, 1.0, 1.0, -1.0])
-    drawn = np.bincount([agent.explore(values, 0.2, generator) for _ in range(20_000)], minlength=4) / 20_000
-    # Hoeffding for four frequencies, wrong with probability 1e-6.
-    np.testing.assert_allclose(drawn, [0.05, 0.45, 0.45, 0.05], atol=np.sqrt(np.log(8 / 1e-6) / 40_000))
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_saved_learner_continues_bit_for_bit(tmp_path, algorithm):
     def make(seed=7):
