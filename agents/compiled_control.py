@@ -212,6 +212,10 @@ class CompiledEpisodes:
                 self._add_step_sizes()
         return progress.total, progress.steps
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledEpisodes:
+        # Nothing here is changed by learning but how many step sizes are known, which can be shared.
+        return self
+
     def _add_step_sizes(self) -> None:
         """Double the table of step sizes: a schedule is any Python function, which compiled code cannot call."""
         size = len(self.step_sizes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -66,6 +67,9 @@ class Rows(dict[int, Any]):
     def __missing__(self, state: int) -> Any:
         row = self[state] = memoryview(self.table[state])
         return row
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
+        return Rows(deepcopy(self.table, memo))
 
 
 class TDControl(ActionValueAgent):

@@ -170,7 +170,8 @@ class GridWorld(TabularEnv):
         """Draw the grid as a heat map of values with an arrow for every action, as long as it is probable.
 
         Args:
-            values: ``[S]``.
+            values: ``[S]``, the values of the states, or anything else there is of each, such as how often it was
+                visited.
             policy: ``[S, A]`` probabilities.
             agent: the number of a cell to mark.
             title: above the picture.

@@ -33,10 +33,11 @@ def main(folder: Path) -> None:
         print(f"{episodes:8}   {error:13.4f}   {agent.error_bound:15.4f}")
     print(f"\nlearned\n{env.text(agent.values, agent.policy)}\n\nexact\n{env.text(exact.values, exact.policy)}")
 
-    figure = Figure(figsize=(15, 4.8), dpi=120, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(18, 4.6), dpi=120, layout="constrained")
+    left, middle, visited, right = figure.subplots(1, 4)
     env.draw(agent.values, agent.policy, title=f"learned in {agent.iteration:,} episodes", axes=left)
     env.draw(exact.values, exact.policy, title="exact", axes=middle)
+    env.draw(agent.visits.sum(axis=1) / agent.visits.sum(), title="share of all steps", decimals=3, axes=visited)
     episodes, errors, certified = zip(*bounds, strict=True)
     right.loglog(episodes, certified, marker="o", label="certified bound")
     right.loglog(episodes, errors, marker="o", label="error, max |V − V*|")

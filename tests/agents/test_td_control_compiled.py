@@ -1,5 +1,7 @@
 """Compiled code, plain Python and a stepped environment must end in the same table, bit for bit."""
 
+import copy
+
 import gymnasium
 import numpy as np
 import pytest
@@ -206,3 +208,15 @@ def test_step_sizes_come_from_the_schedule_in_order():
         episodes._add_step_sizes()
     np.testing.assert_array_equal(asked, np.arange(4096))
     np.testing.assert_array_equal(episodes.step_sizes, [Power()(k) for k in range(4096)])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_copy_learns_the_same_and_leaves_the_original_alone(compiled):
+    agent = QLearning(GridWorld(slip=0.2), 0.9, compiled=compiled).learn(20, progress=False)
+    before, twin = agent.action_values.copy(), copy.deepcopy(agent)
+    twin.learn(20, progress=False)
+    np.testing.assert_array_equal(agent.action_values, before)
+    assert not np.array_equal(twin.action_values, before)
+    agent.learn(20, progress=False)
+    np.testing.assert_array_equal(agent.action_values, twin.action_values)
+    np.testing.assert_array_equal(agent.visits, twin.visits)
