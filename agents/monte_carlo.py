@@ -14,7 +14,6 @@ Reinforcement Learning*, chapter 5.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cached_property
 from typing import Any
 
 import gymnasium
@@ -22,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aligngym.agents.endless_tasks import refuse_endless_task
-from aligngym.agents.episodes import Episodes, exact_values, play_episodes, refuse_endless_policy
+from aligngym.agents.episodes import Episodes, play_episodes, refuse_endless_policy
+from aligngym.agents.given_policy import GivenPolicy
 from aligngym.agents.markov_chain import checked_policy
 from aligngym.agents.tabular_agent import TabularAgent
 from aligngym.core.callbacks import Metrics
@@ -193,7 +193,7 @@ def _move(
         visits[entry] += 1
 
 
-class MCPrediction(OnPolicyMonteCarlo):
+class MCPrediction(GivenPolicy, OnPolicyMonteCarlo):
     """Learn the value of a given policy, V_π, from its episodes.
 
     R. Sutton and A. Barto, *Reinforcement Learning*, 2nd ed., section 5.1. With first visits and α = 1/n every estimate
@@ -235,20 +235,6 @@ class MCPrediction(OnPolicyMonteCarlo):
         refuse_endless_policy(env, self._policy, discount)
 
     @property
-    def policy(self) -> NDArray[np.float64]:
-        """``[S, A]``, the given policy."""
-        return self._policy
-
-    @property
     def values(self) -> NDArray[np.float64]:
         """``[S]``, V, the estimate of V_π."""
         return self.table
-
-    @cached_property
-    def exact_values(self) -> NDArray[np.float64] | None:
-        """``[S]``, V_π by one sparse solve, if the environment shows an exact model; nothing is learned from it."""
-        return exact_values(self.env, self._policy, self.discount)
-
-    def evaluate(self, *args: Any, greedy: bool = False, **kwargs: Any) -> Metrics:
-        """Play episodes, drawing from the given policy; see :meth:`TabularAgent.evaluate`."""
-        return super().evaluate(*args, greedy=greedy, **kwargs)

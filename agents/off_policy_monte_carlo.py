@@ -10,23 +10,20 @@ sections 5.5–5.7.
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
-
 import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from aligngym.agents.episodes import Episodes, exact_values, refuse_endless_policy
+from aligngym.agents.episodes import Episodes, refuse_endless_policy
+from aligngym.agents.given_policy import GivenPolicy
 from aligngym.agents.markov_chain import checked_policy
 from aligngym.agents.monte_carlo import MonteCarlo
 from aligngym.agents.monte_carlo_control import epsilon_soft
-from aligngym.core.callbacks import Metrics
 from aligngym.core.compilation import compiled
 from aligngym.core.schedules import Schedule, as_schedule
 
 
-class OffPolicyMCPrediction(MonteCarlo):
+class OffPolicyMCPrediction(GivenPolicy, MonteCarlo):
     """Learn the value of a target policy, V_π, from the episodes of a behaviour.
 
     Over the visits of a state, with returns G and ratios ρ,
@@ -95,23 +92,9 @@ class OffPolicyMCPrediction(MonteCarlo):
         return self._behaviour
 
     @property
-    def policy(self) -> NDArray[np.float64]:
-        """``[S, A]``, π, the policy that is learned about."""
-        return self._policy
-
-    @property
     def values(self) -> NDArray[np.float64]:
         """``[S]``, V, the estimate of V_π."""
         return self.table
-
-    @cached_property
-    def exact_values(self) -> NDArray[np.float64] | None:
-        """``[S]``, V_π by one sparse solve, if the environment shows an exact model; nothing is learned from it."""
-        return exact_values(self.env, self._policy, self.discount)
-
-    def evaluate(self, *args: Any, greedy: bool = False, **kwargs: Any) -> Metrics:
-        """Play episodes, drawing from the target; see :meth:`TabularAgent.evaluate`."""
-        return super().evaluate(*args, greedy=greedy, **kwargs)
 
 
 class OffPolicyMCControl(MonteCarlo):

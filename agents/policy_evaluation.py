@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -79,6 +80,10 @@ class PolicyEvaluation(ValueIteration):
     def policy(self) -> NDArray[np.float64]:
         """``[S, A]``, the policy that is evaluated."""
         return self._policy
+
+    def evaluate(self, *args: Any, greedy: bool = False, **kwargs: Any) -> Metrics:
+        """Play episodes, drawing from the policy; see :meth:`TabularAgent.evaluate`."""
+        return super().evaluate(*args, greedy=greedy, **kwargs)
 
     @property
     def action_values(self) -> NDArray[np.float64]:

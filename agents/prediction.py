@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aligngym.agents.endless_tasks import time_limit
-from aligngym.agents.episodes import exact_values, fitted, model_or_none, play_episodes
+from aligngym.agents.episodes import fitted, play_episodes
+from aligngym.agents.given_policy import GivenPolicy
 from aligngym.agents.markov_chain import checked_policy, markov_chain, stuck_state
-from aligngym.agents.tabular_agent import TabularAgent
 from aligngym.core.callbacks import Metrics
 from aligngym.core.spaces import table_shape
-from aligngym.envs.tabular_mdp import TabularMDP
 
 #: More steps than any episode has.
 NO_LIMIT = 2**62
@@ -51,7 +49,7 @@ class Episode:
         return discounts
 
 
-class Prediction(TabularAgent):
+class Prediction(GivenPolicy):
     """An agent that learns V_π of a fixed policy π. An iteration is one episode.
 
     A subclass says what it learns from an episode, in :meth:`update`, and what its ``values`` are.
@@ -108,11 +106,6 @@ class Prediction(TabularAgent):
             )
         self._refuse_endless_episodes()
 
-    @property
-    @abstractmethod
-    def values(self) -> NDArray[np.float64]:
-        """``[S]``, the estimate of V_π."""
-
     @abstractmethod
     def update(self, episode: Episode) -> None:
         """Learn from one episode, whoever played it."""
@@ -129,32 +122,6 @@ class Prediction(TabularAgent):
         played = play_episodes(self.env, self.behaviour, generator, self.max_episode_steps or NO_LIMIT, count=1)
         states = np.append(played.states, played.last_states)
         return Episode(states, played.actions, played.rewards, bool(played.terminated[0]))
-
-    @property
-    def policy(self) -> NDArray[np.float64]:
-        """``[S, A]``, π(a | s), the policy that is evaluated."""
-        return self._policy
-
-    @cached_property
-    def model(self) -> TabularMDP | None:
-        """The environment's exact model, if it has one; nothing is learned from it, it only judges."""
-        return model_or_none(self.env)
-
-    @cached_property
-    def exact_values(self) -> NDArray[np.float64] | None:
-        """``[S]``, V_π by one linear solve of the exact model; ``None`` if the environment shows none."""
-        return exact_values(self.env, self._policy, self.discount)
-
-    def rms_error(self, weights: ArrayLike | None = None) -> float | None:
-        """Return √(Σ_s μ(s) (V(s) − V_π(s))²); ``None`` if the environment shows no exact model.
-
-        Args:
-            weights: ``[S]``, proportional to μ(s); uniform over the states that are not terminal if not given.
-        """
-        if self.exact_values is None or self.model is None:
-            return None
-        weights = ~self.model.terminal[: len(self._policy)] if weights is None else np.asarray(weights)
-        return float(np.sqrt(np.average((self.values - self.exact_values) ** 2, weights=weights)))
 
     def _refuse_endless_episodes(self) -> None:
         limited = self.max_episode_steps is not None or time_limit(self.env) < math.inf

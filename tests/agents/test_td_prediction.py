@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from aligngym.agents import MCPrediction, PolicyEvaluation
 from aligngym.agents.prediction import Episode
 from aligngym.agents.td_lambda import (
     OfflineLambdaReturn,
@@ -418,3 +419,15 @@ def test_a_task_that_never_ends_is_refused_or_cut():
     with pytest.raises(ValueError, match="state 0 and never end"):
         TD0(GridWorld("S\nG"), np.tile([1.0, 0, 0, 0], (2, 1)), 1.0)
     TD0(GridWorld("S\nG"), np.tile([0.5, 0, 0.5, 0], (2, 1)), 1.0)
+
+
+@pytest.mark.parametrize("kind", [TD0, MCPrediction, PolicyEvaluation])
+def test_a_given_policy_is_played_as_it_is_and_not_greedily(kind):
+    # Right with probability 0.6: greedily it would take one step, and it takes 1 / 0.6 of them in the mean.
+    corridor = TabularEnv(
+        TabularMDP.from_arrays([[[1, 0], [0, 1]], [[0, 1], [0, 1]]], -np.ones((2, 2)), [1, 0], [0, 1])
+    )
+    agent = kind(corridor, [[0.4, 0.6], [0.5, 0.5]], 1.0)
+    played = agent.evaluate(corridor, episodes=2000)
+    assert played["return"] == pytest.approx(-1 / 0.6, abs=5 * played["return_standard_error"])
+    assert played["return_standard_error"] < 0.05
