@@ -100,12 +100,14 @@ class GridWorld(TabularEnv):
     def _make_model(self) -> TabularMDP:
         """Return the exact model, from which the environment samples."""
         next_states, rewards = self._moves()
+        # Numbers of half the size let a grid of a million cells be made in less than a gigabyte.
+        numbers = np.int32 if next_states.size < 2**31 else np.int64
         # The move that is made, for every action and each of: no slip, slip to the left, slip to the right.
         made = np.array([(a, (a - 1) % 4, (a + 1) % 4) if a < 4 else (a, a, a) for a in range(self.num_actions)])
         shape = (*next_states.shape, 3)
         outcomes = Outcomes(
-            np.broadcast_to(np.arange(next_states.size).reshape(*next_states.shape, 1), shape).ravel(),
-            next_states[:, made].ravel(),
+            np.broadcast_to(np.arange(next_states.size, dtype=numbers).reshape(*next_states.shape, 1), shape).ravel(),
+            next_states.astype(numbers)[:, made].ravel(),
             np.broadcast_to([1 - self.slip, self.slip / 2, self.slip / 2], shape).ravel(),
             rewards[:, made].ravel(),
         )

@@ -108,6 +108,7 @@ def test_the_new_temporal_difference_algorithm_is_the_one_of_the_library():
         ("python examples/q_learning.py out", "exact"),
         ("python examples/dpo_on_a_grid.py", "from the optimum"),
         ("python examples/new_agent.py", "at its optimum"),
+        ("python examples/planning.py out", "ModifiedPolicyIteration               6"),
         ("python examples/monte_carlo.py out", "ε-greedy to the best ε-soft policy"),
         ("python examples/stochastic_approximation.py out", "Σ α_k² < ∞"),
         ("python examples/td_prediction.py out", "n =   4   0.261 at α = 0.4"),
