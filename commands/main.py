@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "solve": "solve a grid world exactly; print and draw its values and policy",
-    "play": "draw a grid world in the terminal and walk through it",
+    "draw": "draw a grid world in the terminal and walk through it",
     "dpo": "train a LoRA adapter on a language model from a preference file",
 }
 

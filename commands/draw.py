@@ -1,4 +1,4 @@
-"""``aligngym play``: draw a grid world in the terminal, and walk through it."""
+"""``aligngym draw``: draw a grid world in the terminal, and walk through it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from aligngym.commands.world import add_world_arguments, make_world
 
 if TYPE_CHECKING:
-    from aligngym.commands.play_screen import PlayScreen
+    from aligngym.commands.draw_screen import DrawScreen
 
-#: Names of keys for :meth:`PlayScreen.press`, by what curses calls them. Ctrl-C leaves as q does, after asking.
+#: Names of keys for :meth:`DrawScreen.press`, by what curses calls them. Ctrl-C leaves as q does, after asking.
 KEYS = {
     "KEY_UP": "up",
     "KEY_RIGHT": "right",
@@ -56,11 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
     # Bad rewards and slips are found before the screen opens.
     make_world(arguments, "SG")
     curses = _find_curses()
-    from aligngym.commands.play_screen import PlayScreen
+    from aligngym.commands.draw_screen import DrawScreen
     from aligngym.envs.map_editor import MapEditor
 
     editor = MapEditor() if arguments.map is None else MapEditor.open(arguments.map)
-    screen = PlayScreen(
+    screen = DrawScreen(
         editor, arguments.map, lambda text: make_world(arguments, text), arguments.discount, arguments.seed
     )
     curses.wrapper(_show, screen, curses)
@@ -70,21 +70,21 @@ def run(arguments: argparse.Namespace) -> int:
 def _find_curses() -> Any:
     """Return the module, if it and the terminal can be used."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise OSError("play needs a terminal, and its input or output is a file or a pipe")
+        raise OSError("draw needs a terminal, and its input or output is a file or a pipe")
     try:
         import curses
     except ImportError as error:
-        raise OSError(f"play needs Python's module curses, which is not here ({error})") from error
+        raise OSError(f"draw needs Python's module curses, which is not here ({error})") from error
     try:
         curses.setupterm()
     except curses.error as error:
-        raise OSError(f"play cannot draw on a terminal of type TERM={os.environ.get('TERM')} ({error})") from error
+        raise OSError(f"draw cannot draw on a terminal of type TERM={os.environ.get('TERM')} ({error})") from error
     if curses.tigetstr("cup") is None:
-        raise OSError(f"play cannot move the cursor of a terminal of type TERM={os.environ.get('TERM')}")
+        raise OSError(f"draw cannot move the cursor of a terminal of type TERM={os.environ.get('TERM')}")
     return curses
 
 
-def _show(window: Any, screen: PlayScreen, curses: Any) -> None:
+def _show(window: Any, screen: DrawScreen, curses: Any) -> None:
     """Paint the screen and pass on keys until the user leaves."""
     # Otherwise the terminal keeps Ctrl-S and Ctrl-C for itself.
     curses.raw()

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from aligngym.agents import PolicyIteration
-from aligngym.commands import play
-from aligngym.commands.play_screen import PlayScreen
+from aligngym.commands import draw
+from aligngym.commands.draw_screen import DrawScreen
 from aligngym.commands.world import add_world_arguments, make_world
 from aligngym.envs import GridMap, GridWorld
 from aligngym.envs.map_editor import NEW_MAP, MapEditor
 
 
 def screen_of(text, path=None, discount=0.9, **world):
-    return PlayScreen(MapEditor(text), path, lambda text: GridWorld(text, **world), discount, seed=0)
+    return DrawScreen(MapEditor(text), path, lambda text: GridWorld(text, **world), discount, seed=0)
 
 
 def press(screen, *keys):
@@ -85,7 +85,7 @@ def test_a_file_with_mistakes_can_be_mended(tmp_path):
     assert editor.text == "S?.\n.G."
     assert editor.changed
     assert "row 1, column 2: unknown '?'" in editor.problem
-    screen = press(PlayScreen(editor, path, GridWorld), "right", ".", "save")
+    screen = press(DrawScreen(editor, path, GridWorld), "right", ".", "save")
     assert screen.status.startswith(f"written to {path}")
     assert str(GridMap.read(path)) == "S..\n.G."
     assert not editor.changed
@@ -245,8 +245,8 @@ def test_letters_that_a_terminal_may_not_print_are_question_marks():
 
 def run(*words):
     parser = argparse.ArgumentParser()
-    play.add_arguments(parser)
-    return play.run(parser.parse_args([str(word) for word in words]))
+    draw.add_arguments(parser)
+    return draw.run(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def run(*words):
         (["--seed", "-1"], "--seed is an integer from 0, not -1"),
         (["--slip", "2"], "2.0 is not between 0 and 1"),
         (["--bounce", "high"], "not 'high'"),
-        ([], "play needs a terminal"),
+        ([], "draw needs a terminal"),
     ],
 )
 def test_bad_use_is_one_clear_error(options, message):
@@ -276,14 +276,14 @@ def test_terminals_without_a_movable_cursor_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(curses, "setupterm", setupterm)
         with pytest.raises(OSError, match=r"TERM=.*could not find terminal"):
-            play._find_curses()
+            draw._find_curses()
     monkeypatch.setattr(curses, "setupterm", lambda: None)
     monkeypatch.setattr(curses, "tigetstr", lambda name: None)
     with pytest.raises(OSError, match="cannot move the cursor"):
-        play._find_curses()
+        draw._find_curses()
     monkeypatch.setitem(sys.modules, "curses", None)
     with pytest.raises(OSError, match="module curses, which is not here"):
-        play._find_curses()
+        draw._find_curses()
 
 
 def test_the_options_of_a_world_reach_it():
@@ -308,8 +308,8 @@ class Terminal:
     def __init__(self, *words):
         self.master, slave = pty.openpty()
         code = (
-            "import argparse, sys; from aligngym.commands import play; parser = argparse.ArgumentParser(); "
-            "play.add_arguments(parser); sys.exit(play.run(parser.parse_args(sys.argv[1:])))"
+            "import argparse, sys; from aligngym.commands import draw; parser = argparse.ArgumentParser(); "
+            "draw.add_arguments(parser); sys.exit(draw.run(parser.parse_args(sys.argv[1:])))"
         )
         environment = {**os.environ, "TERM": "vt52", "LINES": "24", "COLUMNS": "80", "LC_ALL": "C.UTF-8"}
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What ``aligngym play`` shows and does, without a terminal: keys in, lines out."""
+"""What ``aligngym draw`` shows and does, without a terminal: keys in, lines out."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Episode:
         )
 
 
-class PlayScreen:
-    """The screen of ``aligngym play``: a map that is drawn, or a world that is walked through.
+class DrawScreen:
+    """The screen of ``aligngym draw``: a map that is drawn, or a world that is walked through.
 
     Attributes:
         editor: the map.
