@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from aligngym.agents.episodes import model_or_none
 from aligngym.agents.error_bounds import error_bound, longest_episode, rounding
 from aligngym.agents.tabular_agent import TabularAgent, uniform_over_best
 from aligngym.core.spaces import table_shape
@@ -54,10 +55,7 @@ class ActionValueAgent(TabularAgent):
     @cached_property
     def model(self) -> TabularMDP | None:
         """The environment's exact model, if it has one; nothing is learned from it, it only judges."""
-        try:
-            return TabularMDP.from_env(self.env)
-        except TypeError:
-            return None
+        return model_or_none(self.env)
 
     @cached_property
     def _longest_episode(self) -> float:

@@ -24,13 +24,19 @@ def time_limit(env: gymnasium.Env) -> float:
     return limit
 
 
-def endless_states(mdp: TabularMDP) -> NDArray[np.int64]:
-    """Return the states that an episode can reach, and from which no actions lead to an end."""
-    # The rows s · A … s · A + A − 1 together hold the successors of s.
-    successors = csr_array(
-        (mdp.transitions.data, mdp.transitions.indices, mdp.transitions.indptr[:: mdp.num_actions]),
-        shape=(mdp.num_states, mdp.num_states),
-    )
+def endless_states(mdp: TabularMDP, successors: csr_array | None = None) -> NDArray[np.int64]:
+    """Return the states that an episode can reach, and from which it never comes to an end.
+
+    Args:
+        mdp: the model.
+        successors: ``[S, S]``, not 0 where a step may lead from a state to another; by any action if not given.
+    """
+    if successors is None:
+        # The rows s · A … s · A + A − 1 together hold the successors of s.
+        successors = csr_array(
+            (mdp.transitions.data, mdp.transitions.indices, mdp.transitions.indptr[:: mdp.num_actions]),
+            shape=(mdp.num_states, mdp.num_states),
+        )
     reached = _reachable(successors, np.flatnonzero(mdp.initial))
     return np.flatnonzero(reached & ~_reachable(csr_array(successors.T), np.flatnonzero(mdp.terminal)))
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array, eye_array
 from scipy.sparse.linalg import spsolve
 
+from aligngym.agents.endless_tasks import endless_states
 from aligngym.envs.tabular_mdp import ROW_SUM_TOLERANCE, TabularMDP
 
 
@@ -87,17 +88,8 @@ def state_distribution(mdp: TabularMDP, policy: ArrayLike, steps: int | None = N
 
 def stuck_state(mdp: TabularMDP, chain: csr_array) -> int | None:
     """Return a state that episodes of the chain ``[S, S]`` reach and never end from; ``None`` if there is none."""
-    reached = _spread(mdp.initial > 0, csr_array(chain.T))
-    ending = _spread(mdp.terminal, chain)
-    stuck = np.flatnonzero(reached & ~ending)
+    stuck = endless_states(mdp, chain)
     return int(stuck[0]) if len(stuck) else None
-
-
-def _spread(marked: NDArray[np.bool_], neighbours: csr_array) -> NDArray[np.bool_]:
-    """Mark all states from which the marked ones can be reached through ``neighbours``."""
-    while not np.array_equal(marked, wider := marked | (neighbours @ marked.astype(np.float64) > 0)):
-        marked = wider
-    return marked
 
 
 def _stationary(chain: csr_array) -> NDArray[Any]:

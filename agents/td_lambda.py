@@ -6,6 +6,8 @@ ed., chapter 12.
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,12 +28,11 @@ class _WithTraceDecay(TDPrediction):
         step_size: float | Schedule = Power(exponent=0.8),  # noqa: B008 (frozen)
         *,
         trace_decay: float = 0.9,
-        seed: int = 0,
-        max_episode_steps: int | None = None,
+        **options: Any,
     ) -> None:
         if not 0 <= trace_decay <= 1:
             raise ValueError(f"trace_decay is the λ of TD(λ), between 0 and 1, not {trace_decay}")
-        super().__init__(env, policy, discount, step_size, seed=seed, max_episode_steps=max_episode_steps)
+        super().__init__(env, policy, discount, step_size, **options)
         self.trace_decay = trace_decay
 
 
@@ -108,17 +109,13 @@ class TDLambda(_WithTraceDecay):
         discount: float,
         step_size: float | Schedule = Power(exponent=0.8),  # noqa: B008 (frozen)
         *,
-        trace_decay: float = 0.9,
         traces: str = "accumulating",
         online: bool = True,
-        seed: int = 0,
-        max_episode_steps: int | None = None,
+        **options: Any,
     ) -> None:
         if traces not in ("accumulating", "replacing"):
             raise ValueError(f"traces is 'accumulating' or 'replacing', not {traces!r}")
-        super().__init__(
-            env, policy, discount, step_size, trace_decay=trace_decay, seed=seed, max_episode_steps=max_episode_steps
-        )
+        super().__init__(env, policy, discount, step_size, **options)
         self.traces, self.online = traces, online
 
     def sweep(self, values: Floats, states: States, rewards: Floats, discounts: Floats, step_sizes: Floats) -> None:

@@ -161,12 +161,11 @@ class NStepTD(TDPrediction):
         step_size: float | Schedule = Power(exponent=0.8),  # noqa: B008 (frozen)
         *,
         steps: int = 4,
-        seed: int = 0,
-        max_episode_steps: int | None = None,
+        **options: Any,
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps is the n of n-step TD, at least 1, not {steps}")
-        super().__init__(env, policy, discount, step_size, seed=seed, max_episode_steps=max_episode_steps)
+        super().__init__(env, policy, discount, step_size, **options)
         self.steps = steps
 
     def sweep(self, values: Floats, states: States, rewards: Floats, discounts: Floats, step_sizes: Floats) -> None:
