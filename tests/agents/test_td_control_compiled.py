@@ -214,6 +214,8 @@ def test_step_sizes_come_from_the_schedule_in_order():
 def test_a_copy_learns_the_same_and_leaves_the_original_alone(compiled):
     agent = QLearning(GridWorld(slip=0.2), 0.9, compiled=compiled).learn(20, progress=False)
     before, twin = agent.action_values.copy(), copy.deepcopy(agent)
+    copy.deepcopy(agent).update(0, 0, 100.0)
+    np.testing.assert_array_equal(agent.action_values, before)
     twin.learn(20, progress=False)
     np.testing.assert_array_equal(agent.action_values, before)
     assert not np.array_equal(twin.action_values, before)
