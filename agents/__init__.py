@@ -1,5 +1,8 @@
 """Reinforcement learning: planners that know the model, and learners that do not."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from aligngym.agents.double_q_learning import DoubleQLearning
 from aligngym.agents.dyna import DynaQ, DynaQPlus, PrioritizedDyna
 from aligngym.agents.dynamic_programming import DynamicProgramming, PolicyIteration, ValueIteration
@@ -39,9 +42,22 @@ from aligngym.agents.td_lambda import OfflineLambdaReturn, TDLambda
 from aligngym.agents.td_prediction import TD0, NStepTD, TDPrediction
 from aligngym.agents.temporal_difference import ExpectedSarsa, QLearning, Sarsa, TDControl
 
+if TYPE_CHECKING:
+    from aligngym.agents.actor_critic import A2C
+    from aligngym.agents.environment_sampler import EnvironmentSampler, EpisodeSampler
+    from aligngym.agents.group_relative import GRPO, RLOO
+    from aligngym.agents.policy_gradient import PolicyGradient
+    from aligngym.agents.ppo import PPO
+    from aligngym.agents.reinforce import REINFORCE
+
 __all__ = [
+    "A2C",
+    "GRPO",
     "GTD2",
     "LSTD",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
     "TD0",
     "TDC",
     "Aggregation",
@@ -50,6 +66,8 @@ __all__ = [
     "DynaQ",
     "DynaQPlus",
     "DynamicProgramming",
+    "EnvironmentSampler",
+    "EpisodeSampler",
     "ExpectedSarsa",
     "FeatureTable",
     "Features",
@@ -74,6 +92,7 @@ __all__ = [
     "OfflineLambdaReturn",
     "OneHot",
     "PolicyEvaluation",
+    "PolicyGradient",
     "PolicyIteration",
     "Polynomial",
     "PrioritizedDyna",
@@ -104,3 +123,21 @@ __all__ = [
     "error_bound",
     "evaluate_episodes",
 ]
+
+#: Imported when they are first asked for: they need torch, and a planner or a table does not.
+_NEED_TORCH = {
+    "A2C": "actor_critic",
+    "EnvironmentSampler": "environment_sampler",
+    "EpisodeSampler": "environment_sampler",
+    "GRPO": "group_relative",
+    "PPO": "ppo",
+    "PolicyGradient": "policy_gradient",
+    "REINFORCE": "reinforce",
+    "RLOO": "group_relative",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

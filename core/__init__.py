@@ -18,8 +18,12 @@ from aligngym.core.schedules import (
 
 if TYPE_CHECKING:
     from aligngym.core.gradient_agent import EpochOrder, GradientAgent
-    from aligngym.core.policy import Evaluation, Policy, TabularPolicy
-    from aligngym.core.trajectories import PADDING, Preferences, Trajectories
+    from aligngym.core.markov_policy import MarkovPolicy
+    from aligngym.core.network_policy import NetworkPolicy
+    from aligngym.core.policy import Evaluation, Policy
+    from aligngym.core.sampler import Sampler
+    from aligngym.core.tabular_policy import TabularPolicy
+    from aligngym.core.trajectories import PADDING, Experience, Preferences, Trajectories
 
 __all__ = [
     "PADDING",
@@ -30,12 +34,16 @@ __all__ = [
     "Decay",
     "EpochOrder",
     "Evaluation",
+    "Experience",
     "Geometric",
     "GradientAgent",
     "History",
+    "MarkovPolicy",
+    "NetworkPolicy",
     "Policy",
     "Power",
     "Preferences",
+    "Sampler",
     "Schedule",
     "TabularPolicy",
     "Trajectories",
@@ -48,9 +56,13 @@ _NEED_TORCH = {
     "EpochOrder": "gradient_agent",
     "GradientAgent": "gradient_agent",
     "Evaluation": "policy",
+    "MarkovPolicy": "markov_policy",
+    "NetworkPolicy": "network_policy",
     "Policy": "policy",
-    "TabularPolicy": "policy",
+    "Sampler": "sampler",
+    "TabularPolicy": "tabular_policy",
     "PADDING": "trajectories",
+    "Experience": "trajectories",
     "Preferences": "trajectories",
     "Trajectories": "trajectories",
 }

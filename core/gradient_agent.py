@@ -71,7 +71,7 @@ class GradientAgent(Agent, Generic[Batch]):
         if self.accelerator.gradient_accumulation_steps != 1:
             raise ValueError("micro_batch_size accumulates gradients; leave the accelerator's accumulation steps at 1")
         if optimizer is None:
-            optimizer = torch.optim.AdamW(trainable, lr=self.schedule(0), weight_decay=0.0)
+            optimizer = torch.optim.AdamW(trainable, lr=self.schedule(0), weight_decay=0.0, fused=True)
         # The wrapped model synchronises gradients between devices; on one device it is the policy itself.
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
 
@@ -123,8 +123,9 @@ class GradientAgent(Agent, Generic[Batch]):
         pieces = list(batch.split(self.micro_batch_size or len(batch)))
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
+            numbers = (self.seed, self.iteration, accelerator.process_index, number)
             with (
-                seeded(self.seed, self.iteration, accelerator.process_index, number),
+                nullcontext() if self.policy.deterministic else seeded(*numbers),
                 nullcontext() if last else accelerator.no_sync(self.model),
             ):
                 losses, metrics = self.losses(piece.to(accelerator.device))

@@ -5,14 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import gymnasium
 import torch
 from torch import Tensor, nn
 
-from aligngym.core.spaces import table_shape
-from aligngym.core.storage import load_tree, save_tree
 from aligngym.core.trajectories import Trajectories
 
 
@@ -36,7 +33,15 @@ class Policy(nn.Module, ABC):
 
     Calling the policy on :class:`Trajectories` evaluates the actions in them, with gradients; the training loop does
     nothing else with it, so the same loop trains a table, a network and an adapter on a language model.
+
+    Attributes:
+        markov: whether an action's probability depends on the current observation alone, so that steps may be taken
+            out of their trajectories.
+        deterministic: whether an evaluation draws no random numbers (dropout does).
     """
+
+    markov: bool = False
+    deterministic: bool = False
 
     @abstractmethod
     def forward(self, trajectories: Trajectories, *, entropy: bool = False) -> Evaluation:
@@ -56,6 +61,23 @@ class Policy(nn.Module, ABC):
     def save(self, path: str | Path) -> None:
         """Write the policy in the format that others of its kind are read from."""
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether the policy estimates the value of a state."""
+        return False
+
+    def next_values(self, trajectories: Trajectories, values: Tensor) -> Tensor:
+        """Return ``[B, T]``, the critic's value of the state after each action.
+
+        Within an episode it is the value of the next step. At the end of a row or an episode nothing follows, and it is
+        0, unless the policy can look at what the environment showed last.
+
+        Args:
+            trajectories: the steps.
+            values: ``[B, T]``, the critic's values of the states before each action.
+        """
+        return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+
     def trainable_state(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name; for an adapter, not the model below it."""
         return {name: parameter.data for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -72,99 +94,3 @@ class Policy(nn.Module, ABC):
             raise ValueError("the saved parameters are not those of this policy: was it made with other arguments?")
         for name, parameter in own.items():
             parameter.copy_(state[name])
-
-
-class TabularPolicy(Policy):
-    """A softmax over a table: π(a|s) ∝ exp(logits[s, a]).
-
-    Every policy with full support can be written so, which makes it the policy whose optimum can be reached exactly.
-    Observations are state numbers, ``[B, T]``.
-
-    Args:
-        num_states: S, rows of the table.
-        num_actions: A, columns of the table.
-        reference: ``[S, A]`` probabilities, all positive, to start from and to be regularised towards; the uniform
-            policy by default.
-
-    Raises:
-        ValueError: if the reference has another shape, a zero, or rows that do not sum to one.
-    """
-
-    reference_logits: Tensor
-
-    def __init__(self, num_states: int, num_actions: int, reference: Any = None) -> None:
-        super().__init__()
-        if reference is None:
-            reference = torch.full((num_states, num_actions), 1 / num_actions, dtype=torch.float64)
-        probabilities = torch.as_tensor(reference, dtype=torch.float64)
-        if probabilities.shape != (num_states, num_actions):
-            raise ValueError(f"the reference has shape {tuple(probabilities.shape)}, not {(num_states, num_actions)}")
-        if not (probabilities > 0).all() or not torch.allclose(probabilities.sum(1), torch.ones(()).double()):
-            raise ValueError("every row of the reference must be positive and sum to one")
-        logits = probabilities.log().float()
-        self.logits = nn.Parameter(logits.clone())
-        self.register_buffer("reference_logits", logits)
-
-    @classmethod
-    def for_env(cls, env: gymnasium.Env, reference: Any = None) -> Self:
-        """Make a table that fits an environment with discrete observations and actions, both counted from 0.
-
-        Raises:
-            TypeError: if the environment's spaces are not of that kind.
-        """
-        return cls(*table_shape(env), reference)
-
-    @property
-    def probabilities(self) -> Tensor:
-        """``[S, A]``, π(a|s), detached."""
-        return self.logits.detach().softmax(dim=1)
-
-    def forward(self, trajectories: Trajectories, *, entropy: bool = False) -> Evaluation:
-        log_table = self.logits.log_softmax(dim=1)
-        entropies = None
-        if entropy:
-            per_state = -(log_table.exp() * log_table).sum(dim=1)
-            entropies = _look_up(per_state[:, None], trajectories, torch.zeros_like(trajectories.actions))
-        return Evaluation(_look_up(log_table, trajectories, trajectories.actions), entropies)
-
-    @torch.no_grad()
-    def reference_log_probs(self, trajectories: Trajectories) -> Tensor:
-        return _look_up(self.reference_logits.log_softmax(dim=1), trajectories, trajectories.actions)
-
-    @torch.no_grad()
-    def act(
-        self, observations: Any, *, greedy: bool = False, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        log_probs = self.logits.log_softmax(dim=1)[torch.as_tensor(observations, device=self.logits.device)]
-        if greedy:
-            actions = log_probs.argmax(dim=-1)
-        else:
-            flat = log_probs.exp().reshape(-1, log_probs.shape[-1])
-            actions = torch.multinomial(flat, 1, generator=generator).reshape(log_probs.shape[:-1])
-        return actions, log_probs.gather(-1, actions[..., None])[..., 0]
-
-    def save(self, path: str | Path) -> None:
-        save_tree(path, {"logits": self.logits, "reference_logits": self.reference_logits})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a table that :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else.
-        """
-        tree = load_tree(path)
-        if tree.keys() != {"logits", "reference_logits"}:
-            raise ValueError(f"{path} holds no table, but {', '.join(map(str, tree))}")
-        policy = cls(*tree["logits"].shape)
-        policy.logits.data = tree["logits"]
-        policy.reference_logits = tree["reference_logits"]
-        return policy
-
-
-def _look_up(table: Tensor, trajectories: Trajectories, actions: Tensor) -> Tensor:
-    """Return ``table[s_t, a_t]``, 0 where the mask is false (padding there must not index the table)."""
-    mask = trajectories.mask
-    states = trajectories.observations.where(mask, 0)
-    return torch.where(mask, table[states, actions.where(mask, 0)], 0.0)

@@ -68,6 +68,11 @@ def _same_length(tensors: list[Tensor], fill: int) -> list[Tensor]:
     return padded
 
 
+#: The default of a field that not all trajectories have. Such fields are typed as tensors, because whoever reads one
+#: knows what its sampler gives.
+_ABSENT: Tensor = None  # type: ignore[assignment]
+
+
 @dataclass
 class Trajectories(Rows):
     """B rows of at most T steps: a segment of every copy of a vector environment, or a batch of completions.
@@ -75,8 +80,8 @@ class Trajectories(Rows):
     Attributes:
         observations: what the policy saw. On an environment ``[B, T, …]``, the observation before each action. For a
             language model ``[B, P]``, the prompt's tokens, filled up with :data:`PADDING` on either side.
-        actions: ``[B, T]`` (discrete), the action taken at each step or the token that follows; :data:`PADDING` where
-            there is none.
+        actions: ``[B, T]`` (discrete), the action taken at each step or the token that follows, :data:`PADDING` where
+            there is none; or ``[B, T, D]`` (continuous).
         mask: ``[B, T]`` booleans, true where the policy itself acted: false on padding, and on tokens that somebody
             else wrote in a conversation.
         rewards: ``[B, T]``, the reward that followed each action.
@@ -86,18 +91,24 @@ class Trajectories(Rows):
         values: ``[B, T]``, the critic's estimate of the state before each action.
         next_values: ``[B, T]``, its estimate of the state after each action, also where an episode was truncated.
         group: ``[B]`` integers, the same for rows that share a start state or a prompt.
+        next_observations: ``[B, T, …]``, what the environment showed after each action, also at the end of an episode.
+        action_mask: ``[B, T, A]`` booleans, which actions were allowed; ``None`` if always all.
+        next_action_mask: ``[B, T, A]`` booleans, which actions are allowed after each step.
     """
 
     observations: Tensor
     actions: Tensor
     mask: Tensor
-    rewards: Tensor | None = None
-    log_probs: Tensor | None = None
-    terminated: Tensor | None = None
-    truncated: Tensor | None = None
-    values: Tensor | None = None
-    next_values: Tensor | None = None
-    group: Tensor | None = None
+    rewards: Tensor = _ABSENT
+    log_probs: Tensor = _ABSENT
+    terminated: Tensor = _ABSENT
+    truncated: Tensor = _ABSENT
+    values: Tensor = _ABSENT
+    next_values: Tensor = _ABSENT
+    group: Tensor = _ABSENT
+    next_observations: Tensor = _ABSENT
+    action_mask: Tensor = _ABSENT
+    next_action_mask: Tensor = _ABSENT
 
     @property
     def returns(self) -> Tensor:
@@ -110,6 +121,45 @@ class Trajectories(Rows):
     def lengths(self) -> Tensor:
         """``[B]``, how many actions of each row the policy chose."""
         return self.mask.sum(dim=1)
+
+    def steps(self) -> Self:
+        """Return every action that the policy took as a row of its own, ``[N, 1, …]``, in order of the rows.
+
+        A policy that sees only the current state needs no more than this, and what is computed for padding is saved.
+        """
+        rows, columns = self.mask.nonzero(as_tuple=True)
+
+        def taken(value: Tensor) -> Tensor:
+            return value[rows] if value.dim() == 1 else value[rows, columns][:, None]
+
+        return type(self)(*(None if value is None else taken(value) for value in self._values()))  # type: ignore[arg-type]
+
+
+@dataclass
+class Experience(Trajectories):
+    """Trajectories, and what a learner made of their rewards.
+
+    Attributes:
+        advantages: ``[B, T]``, how much better each action was than what the policy does on average.
+        targets: ``[B, T]``, what the critic's values are drawn towards.
+        shares: ``[B, T]``, which part of its trajectory an action is, 1 / length: they sum to the number of
+            trajectories, and go on saying so when steps are taken out of their trajectories.
+        weights: ``[B, T]``, how much the loss of each action counts; their mean over actions is what normalises it.
+        reference_log_probs: ``[B, T]``, log-probability of each action under the policy's reference.
+    """
+
+    advantages: Tensor = _ABSENT
+    targets: Tensor = _ABSENT
+    shares: Tensor = _ABSENT
+    weights: Tensor = _ABSENT
+    reference_log_probs: Tensor = _ABSENT
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, **learned: Tensor | None) -> Self:
+        """Return the same trajectories with further fields."""
+        lengths = trajectories.lengths.clamp(min=1)[:, None]
+        known = {field.name: getattr(trajectories, field.name) for field in fields(trajectories)}
+        return cls(**known | {"shares": trajectories.mask / lengths} | learned)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from aligngym.envs.tabular_mdp import TabularMDP
 from aligngym.envs.textbook_grids import CliffWalking, CornerGrid, DynaMaze, TwoSpecialStates, ZhaoGrid
 from aligngym.envs.vector_grid_world import VectorGridWorld
 from aligngym.envs.vector_tabular_env import VectorTabularEnv
+from aligngym.envs.vectorize import vectorize
 from aligngym.envs.windy_grid import WindyGrid
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ __all__ = [
     "ZhaoGrid",
     "bradley_terry_preferences",
     "enumerate_trajectories",
+    "vectorize",
 ]
 
 #: Steps after which ``gymnasium.make`` truncates an episode, where it has not been told otherwise.

@@ -69,7 +69,9 @@ class VectorTabularEnv(VectorEnv[Any, Any, Any]):
         self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
         self.observation_space = batch_space(env.observation_space, num_envs)
         self.action_space = batch_space(env.action_space, num_envs)
-        self._limit = 2**62 if max_episode_steps in (None, -1) else int(max_episode_steps)
+        #: Steps after which an episode is truncated, or ``None``.
+        self.max_episode_steps = None if max_episode_steps in (None, -1) else int(max_episode_steps)
+        self._limit = self.max_episode_steps or 2**62
         self._tabulate()
         self._uniforms = UniformStreams(num_envs)
         self._begun = False

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from aligngym.agents import SoftValueIteration, ValueIteration
-from aligngym.core.policy import TabularPolicy
+from aligngym.core.tabular_policy import TabularPolicy
 from aligngym.envs import FiniteHorizon, GridWorld, TabularMDP, TokenMDP, enumerate_trajectories
 
 
