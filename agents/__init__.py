@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from aligngym.agents.policy_gradient import PolicyGradient
     from aligngym.agents.ppo import PPO
     from aligngym.agents.reinforce import REINFORCE
+    from aligngym.agents.tensor_sampler import TensorSampler
 
 __all__ = [
     "A2C",
@@ -114,6 +115,7 @@ __all__ = [
     "TDLambda",
     "TDPrediction",
     "TabularAgent",
+    "TensorSampler",
     "TileCoding",
     "TreeBackup",
     "TrueOnlineTD",
@@ -134,6 +136,7 @@ _NEED_TORCH = {
     "PolicyGradient": "policy_gradient",
     "REINFORCE": "reinforce",
     "RLOO": "group_relative",
+    "TensorSampler": "tensor_sampler",
 }
 
 

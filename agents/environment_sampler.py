@@ -145,10 +145,7 @@ class EpisodeSampler(Sampler):
             raise ValueError(f"{episodes} episodes do not divide into groups of {group_size}")
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"max_steps is at least 1, or None, not {max_steps}")
-        if isinstance(env, str):
-            # Copies are seeded one by one, which environments that are vectorised in one piece cannot promise.
-            options["vectorization_mode"] = "sync"
-        self.env = vectorize(env, episodes, **options)
+        self.env = vectorize(env, episodes, one_by_one=True, **options)
         if self.env.num_envs != episodes:
             raise ValueError(f"{episodes} episodes need as many copies, and {self.env} has {self.env.num_envs}")
         self.copies = Copies(self.env)

@@ -191,7 +191,7 @@ class PolicyGradient(GradientAgent[Experience]):
         if size > whole:
             what = "actions" if self.policy.markov else "trajectories"
             raise ValueError(
-                f"minibatch_size={size} is more than the batch's {whole} {what}: sample more, or step less"
+                f"minibatch_size={size} is more than the {whole} {what} of a batch: sample more"
             )
         rows = batch.steps() if self.policy.markov else batch
         for epoch in range(self.epochs):

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from aligngym.core.agent import Agent
@@ -73,7 +73,10 @@ class GradientAgent(Agent, Generic[Batch]):
         if optimizer is None:
             optimizer = torch.optim.AdamW(trainable, lr=self.schedule(0), weight_decay=0.0, fused=True)
         # The wrapped model synchronises gradients between devices; on one device it is the policy itself.
-        self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.model = self.accelerator.prepare(policy)
+        # accelerate's wrapper scales gradients and keeps devices in step; where there is neither, it only takes time.
+        alone = self.accelerator.distributed_type == DistributedType.NO and self.accelerator.scaler is None
+        self.optimizer = optimizer if alone else self.accelerator.prepare(optimizer)
 
     @abstractmethod
     def next_batch(self) -> Batch:

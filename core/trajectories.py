@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Self
@@ -14,6 +15,11 @@ from torch import Tensor
 PADDING = -1
 
 
+@functools.cache
+def _field_names(kind: type[Rows]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))  # type: ignore[arg-type]
+
+
 class Rows:
     """A dataclass whose tensors share their first axis, and which can be sliced, split, joined and moved as one.
 
@@ -24,7 +30,7 @@ class Rows:
         return next(len(value) for value in self._values() if value is not None)
 
     def _values(self) -> Iterator[Tensor | Rows | None]:
-        return (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return (getattr(self, name) for name in _field_names(type(self)))
 
     def __getitem__(self, rows: Tensor | slice) -> Self:
         """Return the rows that an index tensor, a boolean mask or a slice selects."""

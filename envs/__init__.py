@@ -16,6 +16,7 @@ from aligngym.envs.gamblers_problem import GamblersProblem
 from aligngym.envs.grid_map import GridMap
 from aligngym.envs.grid_world import GridWorld
 from aligngym.envs.jacks_car_rental import JacksCarRental
+from aligngym.envs.linear_quadratic import LinearQuadratic
 from aligngym.envs.numbered_states import NumberedStates
 from aligngym.envs.outcomes import Outcomes
 from aligngym.envs.random_walk import RandomWalk
@@ -30,6 +31,7 @@ from aligngym.envs.windy_grid import WindyGrid
 
 if TYPE_CHECKING:
     from aligngym.envs.enumeration import bradley_terry_preferences, enumerate_trajectories
+    from aligngym.envs.tensor_tabular_env import TensorTabularEnv
     from aligngym.envs.token_mdp import TokenMDP
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "GridMap",
     "GridWorld",
     "JacksCarRental",
+    "LinearQuadratic",
     "NumberedStates",
     "Outcomes",
     "RandomWalk",
@@ -53,6 +56,7 @@ __all__ = [
     "ShortcutMaze",
     "TabularEnv",
     "TabularMDP",
+    "TensorTabularEnv",
     "TokenMDP",
     "TwoSpecialStates",
     "VectorGridWorld",
@@ -68,6 +72,7 @@ __all__ = [
 TIME_LIMITS: dict[type[gymnasium.Env], int] = {
     Blackjack: 100,
     JacksCarRental: 100,
+    LinearQuadratic: 200,
     BairdsCounterexample: 1000,
     CliffWalking: 1000,
     CornerGrid: 1000,
@@ -94,6 +99,7 @@ for _environment, _limit in TIME_LIMITS.items():
 
 #: Imported when they are first asked for: they need torch, and a grid does not.
 _NEED_TORCH = {
+    "TensorTabularEnv": "tensor_tabular_env",
     "TokenMDP": "token_mdp",
     "bradley_terry_preferences": "enumeration",
     "enumerate_trajectories": "enumeration",

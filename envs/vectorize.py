@@ -16,7 +16,7 @@ from aligngym.envs.vector_tabular_env import VectorTabularEnv
 AnyEnvironment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]
 
 
-def vectorize(env: AnyEnvironment, num_envs: int = 8, **options: Any) -> VectorEnv:
+def vectorize(env: AnyEnvironment, num_envs: int = 8, *, one_by_one: bool = False, **options: Any) -> VectorEnv:
     """Return ``num_envs`` copies of an environment that are stepped together.
 
     An environment that samples from its exact model becomes a :class:`VectorTabularEnv`, thousands of copies of which
@@ -26,6 +26,7 @@ def vectorize(env: AnyEnvironment, num_envs: int = 8, **options: Any) -> VectorE
         env: a registered name, an environment, a function that makes one, or copies already made, which are returned
             as they are.
         num_envs: how many.
+        one_by_one: whether every copy must have a generator, and so a seed, of its own.
         options: of the environment, where it is given by name.
 
     Raises:
@@ -42,7 +43,7 @@ def vectorize(env: AnyEnvironment, num_envs: int = 8, **options: Any) -> VectorE
         if isinstance(gymnasium.make(env, **options).unwrapped, TabularEnv):
             env = gymnasium.make(env, **options)
         else:
-            return gymnasium.make_vec(env, num_envs, **options)
+            return gymnasium.make_vec(env, num_envs, "sync" if one_by_one else None, **options)
     if isinstance(env, gymnasium.Env):
         limit = env.spec.max_episode_steps if env.spec else None
         # Wrappers that change what is seen or paid must stay; those that gymnasium.make adds do not.
