@@ -185,7 +185,7 @@ class PolicyGradient(GradientAgent[Experience]):
             "next_action_mask",
             "group",
         )
-        batch = dataclasses.replace(batch, **dict.fromkeys(used_up))
+        batch = dataclasses.replace(batch, **dict.fromkeys(used_up))  # type: ignore[arg-type]
         whole = batch.mask.numel() if self.policy.markov else len(batch)
         size = self.minibatch_size or whole
         if size > whole:

@@ -92,4 +92,5 @@ def initialise_orthogonally(network: nn.Module, gain: float, generator: torch.Ge
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.orthogonal_(module.weight, gain, generator=generator)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

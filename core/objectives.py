@@ -138,3 +138,21 @@ def simpo_preference(h: Tensor, *, beta: float, target_margin: float = 0.0, labe
     Y. Meng et al., 2024, eq. 6; ``target_margin`` is γ.
     """
     return bradley_terry(beta * h - target_margin, label_smoothing)
+
+
+def huber_regression(values: Tensor, returns: Tensor, threshold: float = 1.0) -> Tensor:
+    """Return ½δ² for errors δ = V − G up to ``threshold`` κ, and κ(|δ| − κ/2) beyond, where its gradient stays ±κ.
+
+    P. Huber, *Robust estimation of a location parameter*, 1964. With κ = 1 it is the error clipping of V. Mnih et al.,
+    *Human-level control through deep reinforcement learning*, 2015.
+    """
+    return F.huber_loss(values, returns.detach(), reduction="none", delta=threshold)
+
+
+def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Return ``[…]``, −Σ_i m_i log p_i, for a predicted p = softmax(``logits``) and a target m, both ``[…, K]``.
+
+    Without m's entropy, which does not depend on p, it is KL(m‖p). M. Bellemare et al., *A distributional perspective
+    on reinforcement learning*, 2017, algorithm 1.
+    """
+    return -(probabilities.detach() * logits.log_softmax(dim=-1)).sum(dim=-1)

@@ -73,9 +73,11 @@ def is_image(space: spaces.Space) -> bool:
 def _flatten(space: spaces.Space, values: Any) -> NDArray[np.float32]:
     """Return ``[…, D]`` from a batch ``[…]`` of any space made of boxes and discrete parts."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        names = space.spaces.keys() if isinstance(space, spaces.Dict) else range(len(space.spaces))
-        parts = [_flatten(space.spaces[name], values[name]) for name in names if name != ACTION_MASK]
-        return np.concatenate(parts, axis=-1)
+        parts = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        return np.concatenate(
+            [_flatten(part, values[name]) for name, part in parts if name != ACTION_MASK],  # type: ignore[attr-defined]
+            axis=-1,
+        )
     if isinstance(space, spaces.Discrete):
         return np.eye(int(space.n), dtype=np.float32)[np.asarray(values) - int(space.start)]
     if isinstance(space, spaces.MultiDiscrete):

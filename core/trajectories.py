@@ -30,7 +30,7 @@ class Rows:
         return next(len(value) for value in self._values() if value is not None)
 
     def _values(self) -> Iterator[Tensor | Rows | None]:
-        return (getattr(self, name) for name in _field_names(type(self)))
+        return (getattr(self, name) for name in _field_names(type(self)))  # type: ignore[arg-type]
 
     def __getitem__(self, rows: Tensor | slice) -> Self:
         """Return the rows that an index tensor, a boolean mask or a slice selects."""

@@ -65,7 +65,7 @@ class Copies:
 
     def reset(self, seed: int | Sequence[int]) -> None:
         """Begin an episode in every copy."""
-        observations, infos = self.env.reset(seed=seed)
+        observations, infos = self.env.reset(seed=seed)  # type: ignore[arg-type]
         self._over = np.zeros(self.num_envs, dtype=bool)
         self._steps = 0
         self.observations = self._encoded(observations)
@@ -100,8 +100,9 @@ class Copies:
             else:
                 observations, infos = self.env.reset(options={"reset_mask": over})
                 encoded = self._encoded(observations)
+                began = self._mask(observations, infos)
                 # The infos of a reset speak of the copies that were reset.
-                mask = None if mask is None else np.where(over[:, None], self._mask(observations, infos), mask)
+                mask = None if mask is None or began is None else np.where(over[:, None], began, mask)
         self.observations, self.action_mask = encoded, mask
         next_mask = None if mask is None else mask | over[:, None]
         return Step(shown, rewards, terminated, truncated, acted, next_mask)

@@ -49,7 +49,10 @@ def vectorize(env: AnyEnvironment, num_envs: int = 8, *, one_by_one: bool = Fals
         # Wrappers that change what is seen or paid must stay; those that gymnasium.make adds do not.
         if model_of(env) is not None:
             return VectorTabularEnv(
-                env.unwrapped, num_envs, max_episode_steps=limit, autoreset_mode=AutoresetMode.SAME_STEP
+                env.unwrapped,  # type: ignore[arg-type]
+                num_envs,
+                max_episode_steps=limit,
+                autoreset_mode=AutoresetMode.SAME_STEP,
             )
         return SyncVectorEnv([lambda: copy.deepcopy(env)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     if callable(env):
