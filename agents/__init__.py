@@ -22,7 +22,7 @@ from aligngym.agents.features import (
 from aligngym.agents.gauss_seidel import GaussSeidelValueIteration
 from aligngym.agents.gradient_descent import GradientDescent, LeastSquares, MeanLoss
 from aligngym.agents.gradient_td import GTD2, TDC
-from aligngym.agents.learning_curves import draw_learning_curves
+from aligngym.agents.learning_curves import draw_comparison, draw_learning_curves
 from aligngym.agents.least_squares_td import LSTD
 from aligngym.agents.linear_control import SemiGradientExpectedSarsa, SemiGradientQLearning, SemiGradientSarsa
 from aligngym.agents.linear_prediction import SemiGradientTD, TrueOnlineTD
@@ -44,15 +44,34 @@ from aligngym.agents.temporal_difference import ExpectedSarsa, QLearning, Sarsa,
 
 if TYPE_CHECKING:
     from aligngym.agents.actor_critic import A2C
+    from aligngym.agents.behaviour_cloning import BehaviourCloning
+    from aligngym.agents.deterministic_policy_gradient import DPG
+    from aligngym.agents.dqn import DQN
     from aligngym.agents.environment_sampler import EnvironmentSampler, EpisodeSampler
+    from aligngym.agents.gradient_estimators import (
+        CategoricalProblem,
+        GaussianProblem,
+        GumbelSoftmax,
+        LeaveOneOut,
+        Pathwise,
+        ScoreFunction,
+    )
     from aligngym.agents.group_relative import GRPO, RLOO
+    from aligngym.agents.metric_training import MetricTraining, SurrogateTraining
+    from aligngym.agents.model_sampler import ModelSampler
+    from aligngym.agents.natural_policy_gradient import NaturalPolicyGradient
+    from aligngym.agents.off_policy_actor_critic import BehaviourSampler, OffPolicyActorCritic
     from aligngym.agents.policy_gradient import PolicyGradient
     from aligngym.agents.ppo import PPO
+    from aligngym.agents.q_actor_critic import QActorCritic
     from aligngym.agents.reinforce import REINFORCE
-    from aligngym.agents.tensor_sampler import TensorSampler
+    from aligngym.agents.replay import PrioritizedReplay, ReplayBuffer
+    from aligngym.agents.trpo import TRPO
 
 __all__ = [
     "A2C",
+    "DPG",
+    "DQN",
     "GRPO",
     "GTD2",
     "LSTD",
@@ -61,7 +80,11 @@ __all__ = [
     "RLOO",
     "TD0",
     "TDC",
+    "TRPO",
     "Aggregation",
+    "BehaviourCloning",
+    "BehaviourSampler",
+    "CategoricalProblem",
     "Coordinates",
     "DoubleQLearning",
     "DynaQ",
@@ -75,34 +98,46 @@ __all__ = [
     "Fourier",
     "GaussSeidelValueIteration",
     "GaussianNoise",
+    "GaussianProblem",
     "GradientDescent",
+    "GumbelSoftmax",
     "IncrementalMean",
     "LeastSquares",
+    "LeaveOneOut",
     "MCBasic",
     "MCEpsilonGreedy",
     "MCExploringStarts",
     "MCPrediction",
     "MeanLoss",
+    "MetricTraining",
+    "ModelSampler",
     "ModifiedPolicyIteration",
     "NStepExpectedSarsa",
     "NStepSarsa",
     "NStepTD",
+    "NaturalPolicyGradient",
     "Noise",
+    "OffPolicyActorCritic",
     "OffPolicyMCControl",
     "OffPolicyMCPrediction",
     "OfflineLambdaReturn",
     "OneHot",
+    "Pathwise",
     "PolicyEvaluation",
     "PolicyGradient",
     "PolicyIteration",
     "Polynomial",
     "PrioritizedDyna",
+    "PrioritizedReplay",
     "PrioritizedSweeping",
     "ProjectedBellman",
+    "QActorCritic",
     "QLearning",
+    "ReplayBuffer",
     "RobbinsMonro",
     "Sarsa",
     "SarsaLambda",
+    "ScoreFunction",
     "SemiGradientExpectedSarsa",
     "SemiGradientQLearning",
     "SemiGradientSarsa",
@@ -111,16 +146,17 @@ __all__ = [
     "StateDependentNoise",
     "StochasticApproximation",
     "StudentNoise",
+    "SurrogateTraining",
     "TDControl",
     "TDLambda",
     "TDPrediction",
     "TabularAgent",
-    "TensorSampler",
     "TileCoding",
     "TreeBackup",
     "TrueOnlineTD",
     "UniformNoise",
     "ValueIteration",
+    "draw_comparison",
     "draw_learning_curves",
     "error_bound",
     "evaluate_episodes",
@@ -129,14 +165,32 @@ __all__ = [
 #: Imported when they are first asked for: they need torch, and a planner or a table does not.
 _NEED_TORCH = {
     "A2C": "actor_critic",
+    "BehaviourCloning": "behaviour_cloning",
+    "BehaviourSampler": "off_policy_actor_critic",
+    "CategoricalProblem": "gradient_estimators",
+    "DPG": "deterministic_policy_gradient",
+    "DQN": "dqn",
     "EnvironmentSampler": "environment_sampler",
     "EpisodeSampler": "environment_sampler",
     "GRPO": "group_relative",
+    "GaussianProblem": "gradient_estimators",
+    "GumbelSoftmax": "gradient_estimators",
+    "LeaveOneOut": "gradient_estimators",
+    "MetricTraining": "metric_training",
+    "ModelSampler": "model_sampler",
+    "NaturalPolicyGradient": "natural_policy_gradient",
+    "OffPolicyActorCritic": "off_policy_actor_critic",
     "PPO": "ppo",
+    "Pathwise": "gradient_estimators",
     "PolicyGradient": "policy_gradient",
+    "PrioritizedReplay": "replay",
+    "QActorCritic": "q_actor_critic",
     "REINFORCE": "reinforce",
     "RLOO": "group_relative",
-    "TensorSampler": "tensor_sampler",
+    "ReplayBuffer": "replay",
+    "ScoreFunction": "gradient_estimators",
+    "SurrogateTraining": "metric_training",
+    "TRPO": "trpo",
 }
 
 

@@ -7,17 +7,21 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from numpy.typing import NDArray
 
 from aligngym.core.callbacks import Metrics
+from aligngym.core.spaces import ACTION_MASK
 
 
 def evaluate_episodes(
-    act: Callable[[Any], Any],
+    act: Callable[..., Any],
     env: gymnasium.Env,
     episodes: int = 100,
     seed: int = 0,
     discount: float = 1.0,
     max_steps: int = 10_000,
+    *,
+    action_masks: bool = False,
 ) -> Metrics:
     """Play whole episodes and return the mean return with its standard error.
 
@@ -31,6 +35,8 @@ def evaluate_episodes(
         seed: of the environment; the same seed plays the same episodes.
         discount: γ of the return Σ γ^t r_t, in [0, 1].
         max_steps: truncates episodes of environments without a time limit of their own.
+        action_masks: whether ``act`` is told as well which actions are allowed: ``[A]`` booleans, or ``None`` where the
+            environment does not say.
 
     Returns:
         ``return`` and its ``return_standard_error`` (s / √n; NaN for one episode), ``length`` in steps, and
@@ -44,11 +50,12 @@ def evaluate_episodes(
     generator = np.random.default_rng(seed)
     returns, lengths, truncations = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     for episode in range(episodes):
-        observation, _ = env.reset(seed=int(generator.integers(2**31)))
+        observation, info = env.reset(seed=int(generator.integers(2**31)))
         terminated = truncated = False
         length = 0
         while not (terminated or truncated):
-            observation, reward, terminated, truncated, _ = env.step(act(observation))
+            known = (observation, allowed_actions(observation, info)) if action_masks else (observation,)
+            observation, reward, terminated, truncated, info = env.step(act(*known))
             returns[episode] += discount**length * float(reward)
             length += 1
             truncated = truncated or length >= max_steps
@@ -60,3 +67,9 @@ def evaluate_episodes(
         "length": float(lengths.mean()),
         "truncated": float(truncations.mean()),
     }
+
+
+def allowed_actions(observation: Any, info: dict[str, Any]) -> NDArray[np.bool_] | None:
+    """Return ``[A]`` booleans, which actions an environment allows now, or ``None`` if it does not say."""
+    mask = observation.get(ACTION_MASK) if isinstance(observation, dict) else info.get(ACTION_MASK)
+    return None if mask is None else np.asarray(mask).astype(bool)

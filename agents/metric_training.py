@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aligngym.core import objectives
-from aligngym.core.advantages import leave_one_out
+from aligngym.agents.reinforce import REINFORCE
 from aligngym.core.callbacks import Metrics
 from aligngym.core.gradient_agent import GradientAgent
 from aligngym.core.policy import Policy
@@ -104,14 +103,11 @@ class LabelSampler(Sampler):
         return trajectories
 
 
-class _ClassifierTraining(GradientAgent[Experience]):
-    """What both ways have in common: the examples, acting and being judged."""
+class _Classifying(GradientAgent[Experience]):
+    """What both ways have in common: acting on examples, and being judged."""
 
-    def __init__(
-        self, policy: Policy, features: Any, labels: Any, *, learning_rate: float | Schedule, **options: Any
-    ) -> None:
-        self.features, self.labels = _checked_examples(features, labels)
-        super().__init__(policy, learning_rate=learning_rate, **options)
+    features: Tensor
+    labels: Tensor
 
     def act(self, observations: Any, *, greedy: bool = True) -> Tensor:
         """Return the most probable class of each example, or a random one from π."""
@@ -129,8 +125,8 @@ class _ClassifierTraining(GradientAgent[Experience]):
         return {"accuracy": float(accuracy(predicted, labels)), "f1": float(f1(predicted, labels))}
 
 
-class MetricTraining(_ClassifierTraining):
-    """Maximise the expected metric of sampled labels by the score function with a leave-one-out baseline.
+class MetricTraining(_Classifying, REINFORCE):
+    """Maximise the expected metric of sampled labels: :class:`REINFORCE` with the other label vectors as baseline.
 
     The gradient is unbiased, but J is not concave: where it stops depends on the start, and on luck.
 
@@ -141,14 +137,15 @@ class MetricTraining(_ClassifierTraining):
         labels: ``[N]`` integers from 0, the true classes.
         metric: what to maximise, such as :func:`accuracy` or :func:`f1`.
         samples: k, label vectors in each step.
-        learning_rate: see :class:`GradientAgent`, as for the remaining arguments.
-        **options: further arguments of :class:`GradientAgent`.
+        learning_rate: see :class:`GradientAgent`.
+        max_grad_norm: likewise.
+        **options: further arguments of :class:`REINFORCE`.
 
     Raises:
         ValueError: as :class:`LabelSampler` does.
     """
 
-    headline = ("metric",)
+    headline = ("return",)
 
     def __init__(
         self,
@@ -159,23 +156,23 @@ class MetricTraining(_ClassifierTraining):
         *,
         samples: int = 32,
         learning_rate: float | Schedule = 0.03,
+        max_grad_norm: float | None = 1.0,
         **options: Any,
     ) -> None:
-        self.sampler = LabelSampler(features, labels, metric, samples)
-        super().__init__(policy, features, labels, learning_rate=learning_rate, **options)
+        sampler = LabelSampler(features, labels, metric, samples)
+        self.features, self.labels = sampler.features, sampler.labels
+        super().__init__(
+            policy,
+            sampler,
+            baseline="leave_one_out",
+            discount=1.0,
+            learning_rate=learning_rate,
+            max_grad_norm=max_grad_norm,
+            **options,
+        )
 
-    def next_batch(self) -> Experience:
-        batch = self.sampler.sample(self.policy, derived_seed(self.seed, self.iteration))
-        advantages = leave_one_out(batch.returns, batch.group)[:, None].expand_as(batch.actions)
-        return Experience.of(batch, advantages=advantages)
 
-    def losses(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``[k]``, −A Σ_i log π(ŷ_i|x_i), and the metric of each label vector."""
-        losses = objectives.score_function(self.model(batch).log_probs, batch.advantages)
-        return losses.sum(dim=1), {"metric": batch.returns}
-
-
-class SurrogateTraining(_ClassifierTraining):
+class SurrogateTraining(_Classifying):
     """Minimise a smooth loss instead of the metric, on all examples at once.
 
     Args:
@@ -197,7 +194,8 @@ class SurrogateTraining(_ClassifierTraining):
         learning_rate: float | Schedule = 0.03,
         **options: Any,
     ) -> None:
-        super().__init__(policy, features, labels, learning_rate=learning_rate, **options)
+        self.features, self.labels = _checked_examples(features, labels)
+        super().__init__(policy, learning_rate=learning_rate, **options)
         self.surrogate = surrogate
 
     def next_batch(self) -> Experience:

@@ -190,20 +190,18 @@ class PolicyGradient(GradientAgent[Experience]):
         size = self.minibatch_size or whole
         if size > whole:
             what = "actions" if self.policy.markov else "trajectories"
-            raise ValueError(
-                f"minibatch_size={size} is more than the {whole} {what} of a batch: sample more"
-            )
+            raise ValueError(f"minibatch_size={size} is more than the {whole} {what} of a batch: sample more")
         rows = batch.steps() if self.policy.markov else batch
         for epoch in range(self.epochs):
             if size == whole:
-                yield self._weighted(rows)
+                yield self.weighted(rows)
                 continue
             generator = torch.Generator().manual_seed(derived_seed(self.seed, self.iteration, epoch))
             order = torch.randperm(len(rows), generator=generator).to(rows.mask.device)
             for part in order.tensor_split(math.ceil(len(rows) / size)):
-                yield self._weighted(rows[part])
+                yield self.weighted(rows[part])
 
-    def _weighted(self, minibatch: Experience) -> Experience:
+    def weighted(self, minibatch: Experience) -> Experience:
         """Say how much every action counts, and standardise advantages where that is asked for."""
         mask, shares = minibatch.mask, minibatch.shares
         weights = mask.to(shares.dtype)
@@ -310,11 +308,13 @@ def play(
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
     low, high = getattr(env.action_space, "low", None), getattr(env.action_space, "high", None)
 
-    def act(observation: Any) -> Any:
-        action = policy.act(observation, greedy=greedy, generator=generator)[0].cpu().numpy()
+    def act(observation: Any, allowed: Any = None) -> Any:
+        options = {} if allowed is None else {"action_mask": allowed}
+        action = policy.act(observation, greedy=greedy, generator=generator, **options)[0].cpu().numpy()
         return action.clip(low, high) if low is not None else int(action)
 
-    return evaluate_episodes(act, env, episodes, seed, discount)
+    masks = getattr(sampler, "action_masks", False)
+    return evaluate_episodes(act, env, episodes, seed, discount, action_masks=masks)
 
 
 def standardised(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:

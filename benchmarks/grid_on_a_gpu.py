@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from aligngym.agents import PPO, PolicyIteration
-from aligngym.agents.tensor_sampler import TensorSampler
+from aligngym.agents.model_sampler import ModelSampler
 from aligngym.core import NetworkPolicy, TabularPolicy
 from aligngym.core.markov_policy import MarkovPolicy
 from aligngym.envs import GridWorld
@@ -56,7 +56,9 @@ def env_steps(num_envs: int, slip: float, device: str, steps: int = 200) -> floa
     return max(num_envs * steps / clock(walk, device) for _ in range(3))
 
 
-def train(make: Callable[[GridWorld], MarkovPolicy], num_envs: int, device: str, slip: float) -> tuple[float, float, str]:
+def train(
+    make: Callable[[GridWorld], MarkovPolicy], num_envs: int, device: str, slip: float
+) -> tuple[float, float, str]:
     """Return training steps a second, seconds to 95 % of the optimum, and the policy's value beside it."""
     world = GridWorld(MAP, slip=slip, step_reward=-0.02, boundary_reward=-0.02)
     exact = PolicyIteration(world, discount=DISCOUNT).learn(progress=False)
@@ -66,9 +68,8 @@ def train(make: Callable[[GridWorld], MarkovPolicy], num_envs: int, device: str,
     # The first agent warms the device up; the second is measured.
     for measured in (False, True):
         policy = make(world).to(device)
-        env = TensorTabularEnv(world, num_envs, max_episode_steps=LIMIT, device=device)
-        size = num_envs * 16 // 4
-        agent = PPO(policy, TensorSampler(env, steps=16), learning_rate=0.02, epochs=2, minibatch_size=size)
+        sampler = ModelSampler(world, num_envs=num_envs, steps=16, max_episode_steps=LIMIT, device=device)
+        agent = PPO(policy, sampler, learning_rate=0.02, epochs=2, minibatch_size=num_envs * 16 // 4)
         for _ in range(100 if measured else 2):
             passed = clock(lambda agent=agent: agent.learn(2, progress=False), device)
             if measured:

@@ -13,6 +13,9 @@ from importlib.metadata import version
 COMMANDS = {
     "solve": "solve a grid world exactly; print and draw its values and policy",
     "draw": "draw a grid world in the terminal and walk through it",
+    "train": "train a policy in an environment, and compare it with the optimum",
+    "evaluate": "evaluate the policies of finished runs",
+    "play": "watch a trained policy in the terminal, a window or a GIF",
     "dpo": "train a LoRA adapter on a language model from a preference file",
 }
 

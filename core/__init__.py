@@ -17,10 +17,12 @@ from aligngym.core.schedules import (
 )
 
 if TYPE_CHECKING:
+    from aligngym.core.deterministic_policy import DeterministicPolicy
     from aligngym.core.gradient_agent import EpochOrder, GradientAgent
     from aligngym.core.markov_policy import MarkovPolicy
     from aligngym.core.network_policy import NetworkPolicy
     from aligngym.core.policy import Evaluation, Policy
+    from aligngym.core.q_network import CategoricalQNetwork, QNetwork
     from aligngym.core.sampler import Sampler
     from aligngym.core.tabular_policy import TabularPolicy
     from aligngym.core.trajectories import PADDING, Experience, Preferences, Trajectories
@@ -29,9 +31,11 @@ __all__ = [
     "PADDING",
     "Agent",
     "Callback",
+    "CategoricalQNetwork",
     "Conditions",
     "Constant",
     "Decay",
+    "DeterministicPolicy",
     "EpochOrder",
     "Evaluation",
     "Experience",
@@ -43,6 +47,7 @@ __all__ = [
     "Policy",
     "Power",
     "Preferences",
+    "QNetwork",
     "Sampler",
     "Schedule",
     "TabularPolicy",
@@ -53,17 +58,20 @@ __all__ = [
 
 #: Imported when they are first asked for: they need torch, and a planner in a grid does not.
 _NEED_TORCH = {
+    "CategoricalQNetwork": "q_network",
+    "DeterministicPolicy": "deterministic_policy",
     "EpochOrder": "gradient_agent",
-    "GradientAgent": "gradient_agent",
     "Evaluation": "policy",
+    "Experience": "trajectories",
+    "GradientAgent": "gradient_agent",
     "MarkovPolicy": "markov_policy",
     "NetworkPolicy": "network_policy",
+    "PADDING": "trajectories",
     "Policy": "policy",
+    "Preferences": "trajectories",
+    "QNetwork": "q_network",
     "Sampler": "sampler",
     "TabularPolicy": "tabular_policy",
-    "PADDING": "trajectories",
-    "Experience": "trajectories",
-    "Preferences": "trajectories",
     "Trajectories": "trajectories",
 }
 

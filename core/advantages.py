@@ -78,6 +78,41 @@ def gae(
     return advantages if mask is None else advantages * mask
 
 
+def v_trace(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    ratios: Tensor,
+    discount: float,
+    trace: float,
+    mask: Tensor,
+) -> Tensor:
+    """Return A_t = δ_t + γλ ρ_{t+1} A_{t+1}, with δ_t = r_t + γ V(s_{t+1}) − V(s_t): V-trace's advantages.
+
+    V + ρA are its targets for the critic. L. Espeholt et al., *IMPALA*, 2018, eq. 1 with ρ̄ = c̄ and remark 2, and for
+    the actor r + γ v_{t+1} − V at λ = 1. Where all ρ are 1 it is :func:`gae`.
+
+    Args:
+        rewards: ``[B, T]``.
+        values: ``[B, T]``, V(s_t).
+        next_values: ``[B, T]``, V(s_{t+1}); ignored where ``terminated``.
+        terminated: ``[B, T]`` booleans.
+        truncated: ``[B, T]`` booleans.
+        ratios: ``[B, T]``, ρ_t, cut or not.
+        discount: γ in [0, 1].
+        trace: λ in [0, 1].
+        mask: ``[B, T]`` booleans; steps where it is false are stepped over, and their advantage is 0.
+    """
+    deltas = rewards + discount * next_values * ~terminated - values
+    decay = discount * trace * (~(terminated | truncated)).to(rewards.dtype)
+    # ρA, what the critic's targets differ from its values by, has a recursion without a look at the next ratio.
+    corrections = discounted_sums(ratios * deltas * mask, (ratios * decay).where(mask, 1.0))
+    following = torch.cat([corrections[:, 1:], torch.zeros_like(corrections[:, :1])], dim=1)
+    return (deltas + decay * following) * mask
+
+
 def n_step_returns(
     rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, discount: float, n: int
 ) -> Tensor:

@@ -70,7 +70,7 @@ class Categorical(ActionDistribution):
         return (self.probabilities * (self.log_probs - other.log_probs)).sum(dim=-1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        rows = self.probabilities.flatten(0, -2)
+        rows = self.probabilities.reshape(-1, self.log_probs.shape[-1])
         return torch.multinomial(rows, 1, generator=generator).reshape(self.log_probs.shape[:-1])
 
     def mode(self) -> Tensor:

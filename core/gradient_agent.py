@@ -77,6 +77,8 @@ class GradientAgent(Agent, Generic[Batch]):
         # accelerate's wrapper scales gradients and keeps devices in step; where there is neither, it only takes time.
         alone = self.accelerator.distributed_type == DistributedType.NO and self.accelerator.scaler is None
         self.optimizer = optimizer if alone else self.accelerator.prepare(optimizer)
+        # Where parameters are spread over devices, accelerate knows them as those of a model.
+        self._clipped = trainable if alone else list(policy.parameters())
 
     @abstractmethod
     def next_batch(self) -> Batch:
@@ -100,10 +102,11 @@ class GradientAgent(Agent, Generic[Batch]):
         Raises:
             FloatingPointError: if the loss or its gradient is not finite; the policy is then as it was.
         """
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         try:
             metrics = self.backward(batch)
-            norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or float("inf"))
+            norm = self.accelerator.clip_grad_norm_(self._clipped, self.max_grad_norm or float("inf"))
             metrics |= {"gradient_norm": float(norm), "learning_rate": self.schedule(self.iteration)}
             for name in ("loss", "gradient_norm"):
                 if not math.isfinite(metrics[name]):

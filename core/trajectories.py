@@ -38,6 +38,8 @@ class Rows:
 
     def split(self, size: int) -> Iterator[Self]:
         """Yield consecutive pieces of at most ``size`` rows."""
+        if size >= len(self):
+            return iter([self])
         return (self[slice(start, start + size)] for start in range(0, len(self), size))
 
     def to(self, device: torch.device | str) -> Self:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from aligngym.envs.tabular_env import TabularEnv, model_of
 from aligngym.envs.vector_tabular_env import VectorTabularEnv
+
+if TYPE_CHECKING:
+    from aligngym.envs.tensor_tabular_env import TensorTabularEnv
 
 #: What :func:`vectorize` understands.
 AnyEnvironment = str | gymnasium.Env | VectorEnv | Callable[[], gymnasium.Env]
@@ -60,7 +63,7 @@ def vectorize(env: AnyEnvironment, num_envs: int = 8, *, one_by_one: bool = Fals
     raise TypeError(f"an environment, its name, or a function that makes one is needed, not {env!r}")
 
 
-def single_copy(env: VectorEnv) -> gymnasium.Env:
+def single_copy(env: VectorEnv | TensorTabularEnv) -> gymnasium.Env:
     """Return one more copy of what a vector environment steps, for evaluating without disturbing it.
 
     Raises:
@@ -68,6 +71,9 @@ def single_copy(env: VectorEnv) -> gymnasium.Env:
     """
     if isinstance(env, VectorTabularEnv):
         one = copy.copy(env.env)
+        return gymnasium.wrappers.TimeLimit(one, env.max_episode_steps) if env.max_episode_steps else one
+    if not isinstance(env, VectorEnv):
+        one = TabularEnv(env.mdp)
         return gymnasium.wrappers.TimeLimit(one, env.max_episode_steps) if env.max_episode_steps else one
     if isinstance(env, SyncVectorEnv):
         return copy.deepcopy(env.envs[0])

@@ -9,13 +9,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from aligngym.agents import EnvironmentSampler, EpisodeSampler
-from aligngym.agents.tensor_sampler import TensorSampler
+from aligngym.agents import EnvironmentSampler, EpisodeSampler, ModelSampler, model_sampler
 from aligngym.core import PADDING, NetworkPolicy, TabularPolicy
+from aligngym.core.compilation import interpreted
 from aligngym.core.markov_policy import MarkovPolicy
 from aligngym.envs import GridWorld, TabularMDP, VectorTabularEnv, vectorize
 from aligngym.envs.copies import Copies
-from aligngym.envs.tensor_tabular_env import TensorTabularEnv
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 WORLD = GridWorld("S..\n.#.\n..G", slip=0.3, step_reward=-0.25)
@@ -95,6 +94,18 @@ def test_box_observations_and_the_value_after_a_cut(mode):
     torch.testing.assert_close(rows.next_observations[:, :-1][inside], rows.observations[:, 1:][inside])
 
 
+def test_the_loop_is_the_same_compiled_and_interpreted(monkeypatch):
+    policy, results = TabularPolicy.for_env(WORLD), []
+    for roll in (model_sampler.roll, interpreted(model_sampler.roll)):
+        monkeypatch.setattr(model_sampler, "roll", roll)
+        sampler = ModelSampler(WORLD, num_envs=5, steps=40, max_episode_steps=LIMIT)
+        results.append((sampler.sample(policy, 1), sampler.sample(policy, 2), sampler.metrics))
+    for one, other in zip(*(result[:2] for result in results), strict=True):
+        assert torch.equal(one.next_observations, other.next_observations)
+        assert torch.equal(one.rewards, other.rewards)
+    assert results[0][2] == results[1][2]
+
+
 def test_metrics_are_those_of_gymnasium():
     env = RecordEpisodeStatistics(
         copies_of(lambda: TimeLimit(gymnasium.make("CartPole-v1").unwrapped, 20), 4, MODES[0])
@@ -157,11 +168,16 @@ def test_episodes_are_whole(mode):
     assert (short.truncated[:, 2] | short.terminated.any(1)).all()
 
 
-def test_tensors_follow_the_model():
+@pytest.mark.parametrize("path", ["loop", "interpreted", "tensors"])
+def test_samples_follow_the_model(path, monkeypatch):
     """Frequencies of what follows each state and action, against their probabilities; ends where they belong."""
+    if path == "tensors":
+        monkeypatch.setattr(ModelSampler, "_in_a_loop", ModelSampler._in_tensors)
+    elif path == "interpreted":
+        monkeypatch.setattr(model_sampler, "roll", interpreted(model_sampler.roll))
+    copies = 400 if path == "interpreted" else 4000
     mdp = TabularMDP.from_env(WORLD)
-    env = TensorTabularEnv(WORLD, 4000, max_episode_steps=LIMIT)
-    sampler = TensorSampler(env, steps=30)
+    sampler = ModelSampler(WORLD, num_envs=copies, steps=30, max_episode_steps=LIMIT)
     policy = TabularPolicy.for_env(WORLD)
     rows = sampler.sample(policy, seed=0)
     counts = np.zeros((mdp.num_states * mdp.num_actions, mdp.num_states))
@@ -180,7 +196,7 @@ def test_tensors_follow_the_model():
     drawn = rows.actions.flatten().bincount(minlength=4) / rows.actions.numel()
     assert (drawn - 0.25).abs().max() < 5 * (0.25 * 0.75 / rows.actions.numel()) ** 0.5
     # It goes on from where it was, also when it is brought back.
-    other = TensorSampler(TensorTabularEnv(WORLD, 4000, max_episode_steps=LIMIT), steps=30)
+    other = ModelSampler(WORLD, num_envs=copies, steps=30, max_episode_steps=LIMIT)
     other.load_state_dict(sampler.state_dict())
     first, second = sampler.sample(policy, 1), other.sample(policy, 1)
     assert torch.equal(first.next_observations, second.next_observations)
