@@ -125,7 +125,7 @@ class _Classifying(GradientAgent[Experience]):
         return {"accuracy": float(accuracy(predicted, labels)), "f1": float(f1(predicted, labels))}
 
 
-class MetricTraining(_Classifying, REINFORCE):
+class MetricTraining(_Classifying, REINFORCE):  # type: ignore[misc]
     """Maximise the expected metric of sampled labels: :class:`REINFORCE` with the other label vectors as baseline.
 
     The gradient is unbiased, but J is not concave: where it stops depends on the start, and on luck.

@@ -102,7 +102,7 @@ class ModelSampler(Sampler):
             (starts, start_thresholds[:-1], env.max_episode_steps or 2**62),
             np.ascontiguousarray(thresholds.numpy()),
             torch.rand(*shape, 3, dtype=torch.float64, generator=generator).numpy(),
-            (*integers.values(), rewards, *ends.values()),
+            (*integers.values(), rewards, *ends.values()),  # type: ignore[arg-type]
         )
         env.states, env.elapsed, self._running = (torch.from_numpy(x) for x in (states, elapsed, running))
         rows = {name: torch.from_numpy(x) for name, x in {**integers, "rewards": rewards, **ends}.items()}

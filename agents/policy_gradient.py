@@ -60,7 +60,7 @@ class PolicyGradient(GradientAgent[Experience]):
     """
 
     unit = "iteration"
-    headline = ("return", "entropy", "loss")
+    headline: tuple[str, ...] = ("return", "entropy", "loss")
 
     def __init__(
         self,

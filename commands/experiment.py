@@ -15,6 +15,7 @@ from aligngym.commands.constructor_options import closest, schedule_of
 
 if TYPE_CHECKING:
     from aligngym.core import Agent, Policy
+    from aligngym.core.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Algorithm:
         summary: a line for ``--help``.
         agent: where its class is.
         sampler: the class of its sampler; ``None`` for one that steps an environment itself and keeps its own table.
+        learns_from_models: whether its experience may be drawn from an exact model instead.
         defaults: options for which the command has another default than the constructor.
         policy: where the class of its policy is, if it needs one of its own.
         fixed: arguments of the base classes that it settles itself, which are no options.
@@ -33,6 +35,7 @@ class Algorithm:
     summary: str
     agent: str
     sampler: str | None = None
+    learns_from_models: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     policy: str | None = None
     fixed: tuple[str, ...] = ()
@@ -53,7 +56,8 @@ class Algorithm:
         return _load(self.policy or "core.NetworkPolicy")
 
 
-_CRITIC = {"critic": "separate"}
+_CRITIC: dict[str, Any] = {"critic": "separate"}
+_SEGMENTS: dict[str, Any] = {"sampler": "EnvironmentSampler", "learns_from_models": True}
 _EPISODES = {"critic": None, "episodes": 32}
 _GROUPS = {**_EPISODES, "group_size": 8}
 _ONE_STEP = {"num_envs": 1, "segment_steps": 1}
@@ -61,44 +65,48 @@ _TABLE = {"discount": 0.99}
 
 #: All algorithms that ``aligngym train`` knows.
 ALGORITHMS = {
-    "reinforce": Algorithm("Monte Carlo policy gradient", "agents.REINFORCE", "EpisodeSampler", _EPISODES),
-    "a2c": Algorithm("advantage actor-critic", "agents.A2C", "EnvironmentSampler", {**_CRITIC, "segment_steps": 5}),
-    "ppo": Algorithm("proximal policy optimisation", "agents.PPO", "EnvironmentSampler", _CRITIC),
-    "rloo": Algorithm("REINFORCE, leave one out", "agents.RLOO", "EpisodeSampler", _GROUPS),
-    "grpo": Algorithm("group relative policy optimisation", "agents.GRPO", "EpisodeSampler", _GROUPS),
+    "reinforce": Algorithm("Monte Carlo policy gradient", "agents.REINFORCE", "EpisodeSampler", defaults=_EPISODES),
+    "a2c": Algorithm("advantage actor-critic", "agents.A2C", **_SEGMENTS, defaults={**_CRITIC, "segment_steps": 5}),
+    "ppo": Algorithm("proximal policy optimisation", "agents.PPO", **_SEGMENTS, defaults=_CRITIC),
+    "rloo": Algorithm("REINFORCE, leave one out", "agents.RLOO", "EpisodeSampler", defaults=_GROUPS),
+    "grpo": Algorithm("group relative policy optimisation", "agents.GRPO", "EpisodeSampler", defaults=_GROUPS),
     "npg": Algorithm(
         "natural policy gradient",
-        "agents.natural_policy_gradient.NaturalPolicyGradient",
-        "EnvironmentSampler",
-        _CRITIC,
+        "agents.NaturalPolicyGradient",
+        **_SEGMENTS,
+        defaults=_CRITIC,
         fixed=("value_coefficient",),
     ),
     "trpo": Algorithm(
         "trust region policy optimisation",
-        "agents.trpo.TRPO",
-        "EnvironmentSampler",
-        _CRITIC,
+        "agents.TRPO",
+        **_SEGMENTS,
+        defaults=_CRITIC,
         fixed=("value_coefficient",),
     ),
     "qac": Algorithm(
         "actor-critic with action values",
-        "agents.q_actor_critic.QActorCritic",
+        "agents.QActorCritic",
         "EnvironmentSampler",
-        {"critic": None, "segment_steps": 5, "action_masks": False},
+        defaults={"critic": None, "segment_steps": 5, "action_masks": False},
     ),
     "dqn": Algorithm(
-        "deep Q-learning", "agents.dqn.DQN", "EnvironmentSampler", _ONE_STEP, policy="core.q_network.QNetwork"
+        "deep Q-learning",
+        "agents.DQN",
+        "EnvironmentSampler",
+        defaults=_ONE_STEP,
+        policy="core.q_network.QNetwork",
     ),
     "dpg": Algorithm(
         "deterministic policy gradient, for real-valued actions",
-        "agents.deterministic_policy_gradient.DPG",
+        "agents.DPG",
         "EnvironmentSampler",
-        _ONE_STEP,
+        defaults=_ONE_STEP,
         policy="core.deterministic_policy.DeterministicPolicy",
     ),
-    "q-learning": Algorithm("Q-learning in a table", "agents.QLearning", None, _TABLE),
-    "sarsa": Algorithm("Sarsa in a table", "agents.Sarsa", None, _TABLE),
-    "expected-sarsa": Algorithm("Expected Sarsa in a table", "agents.ExpectedSarsa", None, _TABLE),
+    "q-learning": Algorithm("Q-learning in a table", "agents.QLearning", defaults=_TABLE),
+    "sarsa": Algorithm("Sarsa in a table", "agents.Sarsa", defaults=_TABLE),
+    "expected-sarsa": Algorithm("Expected Sarsa in a table", "agents.ExpectedSarsa", defaults=_TABLE),
 }
 
 
@@ -160,12 +168,30 @@ class Experiment:
         try:
             if algorithm.sampler_class is None:
                 return algorithm.agent_class(env, seed=self.seed, **options)
-            # By its name an environment may be vectorised by its authors; with wrappers, we make the copies.
-            source, env_options = (self.make_env, {}) if self.wrappers else (self.env, self.env_options)
-            sampler = algorithm.sampler_class(source, **parts["sampler"], **env_options)
+            sampler = self.make_sampler()
             return algorithm.agent_class(self.make_policy(env), sampler, seed=self.seed, **options)
         except TypeError as error:
             raise ValueError(f"{self.algorithm} in {self.env}: {error}") from error
+
+    def make_sampler(self) -> Sampler:
+        """Make the source of experience: the environment as it steps, or its exact model.
+
+        Raises:
+            TypeError: if there is no model to draw from.
+            ValueError: for wrappers, which a model knows nothing of, or a number out of its range.
+        """
+        options = dict(self.parts["sampler"])
+        if options.pop("simulator", None) == "model":
+            from aligngym.agents import ModelSampler
+
+            if self.wrappers:
+                raise ValueError("a model knows nothing of wrappers: leave out --wrapper, or --simulator model")
+            return ModelSampler(self.make_env(), **options)
+        sampler_class: Any = ALGORITHMS[self.algorithm].sampler_class
+        # By its name an environment may be vectorised by its authors; with wrappers, we make the copies.
+        if self.wrappers:
+            return sampler_class(self.make_env, **options)
+        return sampler_class(self.env, **options, **self.env_options)
 
     def policy_kind(self, env: gymnasium.Env) -> str:
         """Return ``"table"`` or ``"network"``."""

@@ -18,40 +18,31 @@ if TYPE_CHECKING:
     from aligngym.core import Agent
 
 
-class LastInfo(gymnasium.Wrapper):
-    """Keeps what an environment said besides its observation, such as which actions are allowed."""
-
-    info: dict[str, Any]
-
-    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        observation, self.info = self.env.reset(**options)
-        return observation, self.info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, self.info = self.env.step(action)
-        return observation, reward, terminated, truncated, self.info
+#: Chooses an action for an observation, and ``[A]`` booleans of what is allowed if the environment says so.
+Player = Callable[[Any, "NDArray[np.bool_] | None"], Any]
 
 
-def player(agent: Any, env: LastInfo, *, greedy: bool = True, seed: int = 0) -> Callable[[Any], Any]:
-    """Return a function that acts as the agent does, among the actions that the environment allows."""
+def player(agent: Any, space: gymnasium.Space, *, greedy: bool = True, seed: int = 0) -> Player:
+    """Return a function that acts in an action space as the agent does, with masks if it has learned with them."""
     if not hasattr(agent.policy, "act"):
         drawing = np.random.default_rng(seed)
-        return lambda observation: int(agent.act(observation, greedy=greedy, generator=drawing))
+        return lambda observation, allowed: int(agent.act(observation, greedy=greedy, generator=drawing))
     import torch
 
-    from aligngym.agents.evaluation import allowed_actions
-
     policy, generator = agent.policy.eval(), torch.Generator().manual_seed(seed)
-    space, masked = env.action_space, agent.sampler.action_masks
 
-    def act(observation: Any) -> Any:
-        mask = allowed_actions(observation, env.info) if masked else None
-        options = {} if mask is None else {"action_mask": mask[None]}
+    def act(observation: Any, allowed: NDArray[np.bool_] | None) -> Any:
+        options = {"action_mask": allowed[None]} if allowed is not None and knows_masks(agent) else {}
         rows = policy.encode(observation)[None]
         action = policy.act(rows, greedy=greedy, generator=generator, **options)[0][0].numpy()
         return action.clip(space.low, space.high) if isinstance(space, gymnasium.spaces.Box) else int(action)
 
     return act
+
+
+def knows_masks(agent: Any) -> bool:
+    """Return whether an agent is told which actions are allowed."""
+    return getattr(getattr(agent, "sampler", None), "action_masks", False)
 
 
 @dataclass
@@ -78,14 +69,14 @@ def judge(settings: Settings, agent: Agent, episodes: int, seed: int) -> Judgeme
     """Play episodes with the greedy policy, and look into the environment's model if it has one."""
     from aligngym.agents import evaluate_episodes
 
-    env = LastInfo(settings.experiment().make_env())
-    played = evaluate_episodes(player(agent, env), env, episodes, seed)
+    env = settings.experiment().make_env()
+    played = evaluate_episodes(player(agent, env.action_space), env, episodes, seed, action_masks=True)
     half = played["return_standard_error"] * stdtrit(max(1, episodes - 1), 0.975)
     discount = settings.values["discount"]
     return Judgement(played["return"], half, played["truncated"], discount, _exact(agent, env, discount))
 
 
-def _exact(agent: Any, env: LastInfo, discount: float) -> dict[str, float]:
+def _exact(agent: Any, env: gymnasium.Env, discount: float) -> dict[str, float]:
     from aligngym.agents import PolicyIteration
     from aligngym.agents.episodes import fitted, model_or_none
 
@@ -108,17 +99,17 @@ def _exact(agent: Any, env: LastInfo, discount: float) -> dict[str, float]:
     return values
 
 
-def _shows_states(env: LastInfo, num_states: int) -> bool:
+def _shows_states(env: gymnasium.Env, num_states: int) -> bool:
     """Return whether observations are the model's states, of which one may have been appended, and masks are known."""
     spaces = (env.observation_space, env.action_space)
     if not all(isinstance(space, gymnasium.spaces.Discrete) and space.start == 0 for space in spaces):
         return False
-    env.reset(seed=0)
-    knows_masks = ACTION_MASK not in env.info or hasattr(env.unwrapped, ACTION_MASK)
-    return knows_masks and num_states - spaces[0].n in (0, 1)  # type: ignore[attr-defined]
+    _, info = env.reset(seed=0)
+    masks_are_known = ACTION_MASK not in info or hasattr(env.unwrapped, ACTION_MASK)
+    return masks_are_known and num_states - spaces[0].n in (0, 1)  # type: ignore[attr-defined]
 
 
-def _tables(agent: Any, env: LastInfo) -> dict[str, NDArray[np.float64]]:
+def _tables(agent: Any, env: gymnasium.Env) -> dict[str, NDArray[np.float64]]:
     """Return ``[S, A]``, π(a|s), of the greedy policy and of the one that draws its actions."""
     policy = agent.policy
     if isinstance(policy, np.ndarray):
@@ -126,7 +117,7 @@ def _tables(agent: Any, env: LastInfo) -> dict[str, NDArray[np.float64]]:
     import torch
 
     states, allowed = torch.arange(int(env.observation_space.n)), None  # type: ignore[attr-defined]
-    if ACTION_MASK in env.info and agent.sampler.action_masks:
+    if hasattr(env.unwrapped, ACTION_MASK) and knows_masks(agent):
         allowed = torch.tensor(np.array([env.unwrapped.action_mask(int(s)) for s in states]), dtype=torch.bool)  # type: ignore[attr-defined]
         # An episode has ended where nothing is allowed.
         allowed |= ~allowed.any(dim=1, keepdim=True)

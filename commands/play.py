@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 
-from aligngym.commands.judgement import LastInfo, player
+from aligngym.commands.judgement import player
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         others = {"ansi": "without --gif and --window", "rgb_array": "--gif FILE.gif", "human": "--window"}
         remedy = ", ".join(others[other] for other in modes if other in others) or "nothing else"
         raise ValueError(f"{settings.env} does not draw itself as {mode}, but this works: {remedy}")
-    env = LastInfo(experiment.make_env(render_mode=mode))
+    env = experiment.make_env(render_mode=mode)
     frames = play(agent, env, arguments.episodes, arguments.seed, not arguments.draw_actions)
     try:
         if mode == "rgb_array":
@@ -66,20 +67,22 @@ class RendererMissing(Exception):
     """The environment needs a package to draw itself that is not there, or a screen."""
 
 
-def play(agent: Any, env: LastInfo, episodes: int, seed: int, greedy: bool) -> Iterator[tuple[Any, str]]:
+def play(agent: Any, env: gymnasium.Env, episodes: int, seed: int, greedy: bool) -> Iterator[tuple[Any, str]]:
     """Yield a picture of every step, and a line that says what happened.
 
     Raises:
         RendererMissing: if the environment cannot draw itself.
     """
-    act = player(agent, env, greedy=greedy, seed=seed)
+    from aligngym.agents.evaluation import allowed_actions
+
+    act = player(agent, env.action_space, greedy=greedy, seed=seed)
     for episode in range(episodes):
-        observation, _ = rendered(lambda: env.reset(seed=seed + episode))  # noqa: B023 (called at once)
+        observation, info = rendered(lambda: env.reset(seed=seed + episode))  # noqa: B023 (called at once)
         total, length, over = 0.0, 0, False
         yield rendered(env.render), f"episode {episode + 1}: begins"
         while not over:
-            action = act(observation)
-            observation, reward, terminated, truncated, _ = env.step(action)
+            action = act(observation, allowed_actions(observation, info))
+            observation, reward, terminated, truncated, info = env.step(action)
             total, length, over = total + float(reward), length + 1, terminated or truncated
             end = ", the end" if terminated else ", cut off" if truncated else ""
             earned = f"reward {float(reward):g}, return {total:g}{end}"
@@ -88,8 +91,6 @@ def play(agent: Any, env: LastInfo, episodes: int, seed: int, greedy: bool) -> I
 
 def rendered(draw: Callable[[], Any]) -> Any:
     """Call what draws a picture, and say in one kind of error that it cannot."""
-    import gymnasium
-
     try:
         return draw()
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:

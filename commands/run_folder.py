@@ -50,6 +50,18 @@ class RunOptions:
     policy: str | None = None
 
 
+@dataclass(kw_only=True)
+class Simulator:
+    """What experience is drawn from.
+
+    Args:
+        simulator: environment, which is stepped as it is, or model: numbered states are drawn from what the environment
+            says of itself, which is far faster, and knows no action masks
+    """
+
+    simulator: str = "environment"
+
+
 def options_of(algorithm: str) -> dict[str, list[Option]]:
     """Return the options of the ``"run"``, the ``"policy"``, the ``"sampler"`` and the ``"agent"``.
 
@@ -65,6 +77,8 @@ def options_of(algorithm: str) -> dict[str, list[Option]]:
         parts["policy"] = constructor_options(made_of.policy_class, _NO_OPTIONS)
         # The run has steps already.
         parts["sampler"] = constructor_options(made_of.sampler_class, _NO_OPTIONS, {"steps": "segment_steps"})
+    if made_of.learns_from_models:
+        parts["sampler"] += constructor_options(Simulator)
     parts["agent"] = constructor_options(made_of.agent_class, (*_NO_OPTIONS, *made_of.fixed))
     defaults = made_of.defaults
     return {
@@ -116,6 +130,7 @@ class Settings:
         settings = cls(algorithm, env_id, env_options, list(given.get("wrappers", [])), values)
         if "policy" in options_by_part:
             settings._settle_policy(given, options_by_part["policy"])
+            settings._settle_simulator(given)
         values["output"] = values["output"] or f"runs/{algorithm}-{Path(name or env_id).stem}-seed{values['seed']}"
         for option in ("steps", "evaluation_episodes"):
             if values[option] < 1:
@@ -136,6 +151,16 @@ class Settings:
                 if given.get(option.name, option.default) != option.default:
                     raise ValueError(f"{option.flag} is about networks, and here a table learns: add --policy network")
                 del self.values[option.name]
+
+    def _settle_simulator(self, given: dict[str, Any]) -> None:
+        """Leave out what a model does not have."""
+        simulator = self.values.get("simulator", "environment")
+        if simulator not in ("environment", "model"):
+            raise ValueError(f"--simulator is 'environment' or 'model', not {simulator!r}")
+        if simulator == "model":
+            if given.get("action_masks"):
+                raise ValueError("a model knows no action masks: add --no-action-masks, or leave out --simulator model")
+            del self.values["action_masks"]
 
     @classmethod
     def read(cls, folder: str | Path) -> Settings:

@@ -19,15 +19,16 @@ from aligngym.agents import (
     PPO,
     REINFORCE,
     RLOO,
+    TRPO,
+    BehaviourSampler,
     EnvironmentSampler,
     EpisodeSampler,
+    NaturalPolicyGradient,
+    OffPolicyActorCritic,
     PolicyIteration,
+    QActorCritic,
     draw_learning_curves,
 )
-from aligngym.agents.natural_policy_gradient import NaturalPolicyGradient
-from aligngym.agents.off_policy_actor_critic import BehaviourSampler, OffPolicyActorCritic
-from aligngym.agents.q_actor_critic import QActorCritic
-from aligngym.agents.trpo import TRPO
 from aligngym.core import TabularPolicy
 from aligngym.envs import GridWorld
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from aligngym.agents import PPO, EnvironmentSampler, PolicyIteration
+from aligngym.agents import PPO, EnvironmentSampler, ModelSampler, PolicyIteration
 from aligngym.commands import run_folder, train
 from aligngym.commands.constructor_options import constructor_options
 from aligngym.commands.experiment import ALGORITHMS, Experiment
@@ -85,11 +85,12 @@ def test_a_run_leaves_everything_a_user_expects(arguments, tmp_path, capsys):
     assert (run / "report.txt").read_text().strip() in printed
 
 
-def test_the_run_is_the_agent_that_a_program_makes(arguments, tmp_path):
-    assert main([*arguments, "--learning-rate", "linear:0.1", "--seed", "3"]) == 0
+@pytest.mark.parametrize(("simulator", "made_by"), [("environment", EnvironmentSampler), ("model", ModelSampler)])
+def test_the_run_is_the_agent_that_a_program_makes(arguments, tmp_path, simulator, made_by):
+    assert main([*arguments, "--learning-rate", "linear:0.1", "--seed", "3", "--simulator", simulator]) == 0
     env = gymnasium.make("aligngym/GridWorld-v0", map=MAP.rstrip(), max_episode_steps=30)
     policy = TabularPolicy.for_env(env, critic=True)
-    sampler = EnvironmentSampler(env, num_envs=4, steps=8)
+    sampler = made_by(env, num_envs=4, steps=8)
     PPO(policy, sampler, minibatch_size=16, learning_rate=Decay(0.1, 8), seed=3).learn(8, progress=False)
     assert torch.equal(weights(tmp_path / "run")["logits"], policy.logits)
 
@@ -116,20 +117,33 @@ def test_the_exact_optimum_of_a_grid_is_reached(grid, tmp_path, words):
 
 def test_masked_actions_are_left_out_of_play_and_of_exact_values():
     # An untrained table prefers no action; among the allowed ones it takes the first, and its chances are equal.
-    from aligngym.commands.judgement import LastInfo, _tables, player
+    from aligngym.commands.judgement import _tables, player
 
-    settings = Settings.complete("ppo", "Taxi-v4", {})
+    settings = Settings.complete("ppo", "Taxi-v4", {"simulator": "environment"})
     agent = settings.experiment().make_agent()
-    env = LastInfo(gymnasium.make("Taxi-v4"))
+    env = gymnasium.make("Taxi-v4")
+    act = player(agent, env.action_space)
     for seed in range(10):
         observation, info = env.reset(seed=seed)
-        assert player(agent, env)(observation) == info["action_mask"].argmax()
+        assert act(observation, info["action_mask"].astype(bool)) == info["action_mask"].argmax()
     tables = _tables(agent, env)
     for state in range(500):
         allowed = env.unwrapped.action_mask(state).astype(bool)
         assert tables["greedy"][state].argmax() == (allowed.argmax() if allowed.any() else 0)
         expected = allowed / allowed.sum() if allowed.any() else np.full(6, 1 / 6)
         np.testing.assert_allclose(tables["drawn"][state], expected, atol=1e-12)
+
+
+def test_a_model_knows_no_masks_and_neither_does_the_judge():
+    from aligngym.commands.judgement import _tables, player
+
+    settings = Settings.complete("ppo", "Taxi-v4", {"simulator": "model"})
+    assert "action_masks" not in settings.values
+    agent = settings.experiment().make_agent()
+    env = gymnasium.make("Taxi-v4")
+    # The first action, also where the environment does not allow it.
+    assert player(agent, env.action_space)(0, np.array([False, True, True, True, True, True])) == 0
+    np.testing.assert_allclose(_tables(agent, env)["drawn"], 1 / 6, atol=1e-12)
 
 
 # Repeating and resuming.
@@ -146,6 +160,7 @@ def test_the_recorded_configuration_repeats_the_run(arguments, tmp_path):
     "words",
     [
         "ppo --steps 512 --num-envs 4 --segment-steps 16 --minibatch-size 16 --learning-rate linear:0.01",
+        "a2c --steps 512 --num-envs 4 --segment-steps 16 --simulator model",
         "grpo --steps 2500 --episodes 8 --group-size 4 --max-steps 40",
         "q-learning --steps 600",
     ],
@@ -271,6 +286,11 @@ def test_evaluate_refuses_what_is_no_run(tmp_path, capsys, arguments):
         ("ppo CartPole-v1 --policy table", "a table needs discrete observations"),
         ("ppo FrozenLake-v1 --hidden 8", "--hidden is about networks, and here a table learns: add --policy network"),
         ("ppo CartPole-v1 --critic none", "PPO needs a critic"),
+        ("ppo FrozenLake-v1 --simulator dream", "--simulator is 'environment' or 'model', not 'dream'"),
+        ("ppo CartPole-v1 --simulator model", "shows no exact model"),
+        ("ppo FrozenLake-v1 --simulator model --wrapper FlattenObservation", "a model knows nothing of wrappers"),
+        ("ppo Taxi-v4 --simulator model --action-masks", "a model knows no action masks: add --no-action-masks"),
+        ("q-learning Taxi-v4 --simulator model", "unknown option --simulator"),
         ("ppo CartPole-v1 --config nowhere.yaml", "nowhere.yaml: no such file"),
         ("ppo CartPole-v1 --resume", "no run in"),
         ("q-learning CartPole-v1", "a table needs discrete observations"),
