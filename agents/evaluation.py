@@ -7,10 +7,9 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from numpy.typing import NDArray
 
 from aligngym.core.callbacks import Metrics
-from aligngym.core.spaces import ACTION_MASK
+from aligngym.core.spaces import allowed_actions
 
 
 def evaluate_episodes(
@@ -67,9 +66,3 @@ def evaluate_episodes(
         "length": float(lengths.mean()),
         "truncated": float(truncations.mean()),
     }
-
-
-def allowed_actions(observation: Any, info: dict[str, Any]) -> NDArray[np.bool_] | None:
-    """Return ``[A]`` booleans, which actions an environment allows now, or ``None`` if it does not say."""
-    mask = observation.get(ACTION_MASK) if isinstance(observation, dict) else info.get(ACTION_MASK)
-    return None if mask is None else np.asarray(mask).astype(bool)

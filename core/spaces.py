@@ -65,6 +65,12 @@ def encoded_shape(space: spaces.Space) -> tuple[int, ...]:
     return _flatten(space, space.sample()).shape
 
 
+def allowed_actions(observation: Any, info: dict[str, Any]) -> NDArray[np.bool_] | None:
+    """Return ``[A]`` booleans, which actions an environment allows now, or ``None`` if it does not say."""
+    mask = observation.get(ACTION_MASK) if isinstance(observation, dict) else info.get(ACTION_MASK)
+    return None if mask is None else np.asarray(mask).astype(bool)
+
+
 def is_image(space: spaces.Space) -> bool:
     """Return whether observations have rows, columns and channels."""
     return isinstance(space, spaces.Box) and len(space.shape) == 3

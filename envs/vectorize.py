@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
+from aligngym.envs.interface_check import check_interface
 from aligngym.envs.tabular_env import TabularEnv, model_of
 from aligngym.envs.vector_tabular_env import VectorTabularEnv
 
@@ -33,7 +34,8 @@ def vectorize(env: AnyEnvironment, num_envs: int = 8, *, one_by_one: bool = Fals
         options: of the environment, where it is given by name.
 
     Raises:
-        ValueError: for fewer than one copy, or options for an environment that is already made.
+        ValueError: for fewer than one copy, options for an environment that is already made, or one that breaks
+            Gymnasium's interface.
         TypeError: for anything that is no environment.
     """
     if options and not isinstance(env, str):
@@ -57,8 +59,10 @@ def vectorize(env: AnyEnvironment, num_envs: int = 8, *, one_by_one: bool = Fals
                 max_episode_steps=limit,
                 autoreset_mode=AutoresetMode.SAME_STEP,
             )
+        check_interface(copy.deepcopy(env))
         return SyncVectorEnv([lambda: copy.deepcopy(env)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     if callable(env):
+        check_interface(env())
         return SyncVectorEnv([env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     raise TypeError(f"an environment, its name, or a function that makes one is needed, not {env!r}")
 

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import aligngym.agents
+from aligngym.core import TabularPolicy
+from aligngym.envs import GridWorld
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -45,15 +49,28 @@ def test_commands_run_in_order(folder):
     for command in COMMANDS:
         if not command.startswith("make"):
             printed = run(command, folder)
+        if "train" in command:
+            # What was learnt is as good as the best, to all digits that are shown.
+            learned, optimum = re.search(r"greedy policy +(-?[\d.]+) +(-?[\d.]+)\n", printed).groups()
+            assert learned == optimum
+    assert (folder / "maze.gif").stat().st_size > 1_000
     assert "no value is wrong by more than" in printed
     assert (folder / "maze.png").stat().st_size > 10_000
     assert (folder / "runs/direct/adapter/adapter_model.safetensors").exists()
     assert "implicit-reward accuracy" in (folder / "runs/direct/report.txt").read_text()
 
 
-def test_the_grid_snippet_reaches_the_optimum():
+def test_the_first_snippet_reaches_the_optimum(capsys):
     names: dict = {}
     exec(SNIPPETS[0], names)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for learned, best in (map(float, line.split(" of ")) for line in lines):
+        assert best - 0.05 * best < learned <= best
+
+
+def test_the_grid_snippet_reaches_the_optimum():
+    names: dict = {}
+    exec(SNIPPETS[1], names)
     learned = names["policy"](names["paths"]).log_probs.sum(dim=1).exp()
     exact = names["TabularPolicy"](*names["exact"].policy.shape, reference=names["exact"].policy)
     optimum = exact(names["paths"]).log_probs.sum(dim=1).exp()
@@ -65,23 +82,39 @@ def test_the_language_model_snippet_runs_and_its_subclass_too(folder, monkeypatc
     monkeypatch.chdir(folder)
     run("python examples/make_preferences.py pairs.jsonl --pairs 24", folder)
     names: dict = {}
-    exec(SNIPPETS[1], names)
+    exec(SNIPPETS[2], names)
     assert (folder / "runs/first/adapter/adapter_model.safetensors").exists()
     # Answers that differ in manner alone: one step is enough to tell them apart.
     result = names["agent"].evaluate(names["held_back"])
     assert result["accuracy"] > 0.9
-    exec(SNIPPETS[2], names)
+    exec(SNIPPETS[3], names)
+    assert issubclass(names["RankedGRPO"], aligngym.agents.GRPO)
     agent = names["ExponentialDPO"](names["policy"], names["train"], batch_size=4, learning_rate=1e-4)
     before = agent.evaluate(names["train"])["loss"]
     agent.learn(iterations=1, progress=False)
     assert agent.evaluate(names["train"])["loss"] < before
 
 
+def test_the_ranked_subclass_learns_on_a_grid():
+    """The class of the README, whose parent the language-model trainers share, without the rest of its snippet."""
+    code = SNIPPETS[3].split("class ExponentialDPO")[0]
+    names: dict = {}
+    exec(code, names)
+    env = GridWorld("S..\n.#.\n..G", step_reward=-0.05)
+    exact = aligngym.agents.PolicyIteration(env, discount=0.99).learn(progress=False)
+    policy = TabularPolicy.for_env(env)
+    sampler = aligngym.agents.EpisodeSampler(env, episodes=32, group_size=16, max_steps=50)
+    names["RankedGRPO"](policy, sampler, learning_rate=0.1).learn(100, progress=False)
+    value = exact.mdp.initial @ exact.mdp.evaluate(policy.probability_table().numpy(), 0.99)
+    assert value > 0.95 * float(exact.mdp.initial @ exact.values)
+    assert len(re.search(r"class RankedGRPO.*?(?=\n\n\n)", code, re.DOTALL)[0].splitlines()) <= 15
+
+
 def test_the_cliff_snippet_shows_what_the_book_shows(folder, monkeypatch):
     # R. Sutton and A. Barto, Reinforcement Learning, 2nd ed., example 6.6: Sarsa earns more while it explores.
     monkeypatch.chdir(folder)
     names: dict = {}
-    exec(SNIPPETS[3], names)
+    exec(SNIPPETS[4], names)
     assert names["best"] == pytest.approx(-13)
     sarsa, q_learning = (np.array(names["curves"][name])[:, 200:].mean(axis=1) for name in ("Sarsa", "QLearning"))
     assert sarsa.min() > q_learning.max()
@@ -93,7 +126,7 @@ def test_the_new_temporal_difference_algorithm_is_the_one_of_the_library():
     from aligngym.envs import GridWorld
 
     names: dict = {}
-    exec(SNIPPETS[4], names)
+    exec(SNIPPETS[5], names)
     tables = []
     for kind in (names["ExpectedSarsa"], ExpectedSarsa):
         agent = kind(GridWorld(slip=0.1), discount=0.9, seed=1)
@@ -115,6 +148,14 @@ def test_the_new_temporal_difference_algorithm_is_the_one_of_the_library():
         ("python examples/td_control.py out", "steps of its greedy path"),
         ("python examples/dyna.py out", "the shortest way has 14 steps"),
         ("python examples/function_approximation.py out", "mountain car"),
+        ("python examples/exact_policy_gradient.py out", "natural gradient"),
+        ("python examples/policy_gradient.py out", "optimum"),
+        ("python examples/deep_q_learning.py 40", "all of them"),
+        ("python examples/gradient_estimators.py", "straight-through, τ = 1"),
+        ("python examples/non_differentiable_metric.py", "best of 9,902 lines"),
+        ("python examples/imitation_and_preferences.py", "the clone tilted by"),
+        ("python examples/continuous_control.py", "Riccati"),
+        ("python examples/compare_agents.py out --seeds 3", "probability of improvement"),
     ],
 )
 def test_examples_run(command, expected, folder):

@@ -244,6 +244,31 @@ def test_what_is_not_finite_stops_the_run_and_says_where(odd, message):
         sampler.sample(NetworkPolicy.for_env(sampler.env), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"reset": lambda self, **_: np.zeros(2, np.float32)}, r"reset of .* returned array\(\[0., 0.\].*, not \(obs"),
+        ({"reset": lambda self, **_: (np.zeros(3, np.float32), {})}, r"reset of .* showed .* which is not in its Box"),
+        ({"step": lambda self, a: (np.zeros(2), 0.0, False, {})}, r"step of .* not \(observation, reward, terminated"),
+        ({"step": lambda self, a: (np.zeros(2), None, False, False, {})}, "paid None, which is no number"),
+        ({"step": lambda self, a: (np.zeros(2), "1", False, False, {})}, "paid '1', which is no number"),
+        ({"step": lambda self, a: (np.zeros(2), 0.0, "no", False, {})}, "terminated='no', truncated=False"),
+        ({"step": lambda self, a: (np.zeros(2), 0.0, False, False, None)}, "None for an info"),
+        ({"step": lambda self, a: (np.zeros(5), 0.0, False, False, {})}, "step of .* showed .* not in its Box"),
+    ],
+)
+def test_an_environment_that_breaks_the_interface_is_refused(broken, message):
+    with pytest.raises(ValueError, match=message):
+        EnvironmentSampler(type("Broken", (Odd,), broken), num_envs=2)
+
+
+def test_an_environment_without_spaces_is_refused():
+    odd = Odd()
+    odd.observation_space = None
+    with pytest.raises(TypeError, match=r"observation_space of .* is None, which is no space"):
+        EnvironmentSampler(odd)
+
+
 class Dictionary(Odd):
     def __init__(self):
         super().__init__()
