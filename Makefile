@@ -29,10 +29,12 @@ lint: .venv/installed
 	MYPYPATH=build/types $(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt quantecon
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt quantecon stable-baselines3
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/vector_grid_world.py
 	$(BIN)/python benchmarks/q_learning.py
+	$(BIN)/python benchmarks/ppo_against_sb3.py --algorithms PPO --settings tuned
+	$(BIN)/python benchmarks/dqn_against_sb3.py --settings tuned --seeds 3
 	$(BIN)/python benchmarks/dpo_against_trl.py
 
 clean:

@@ -23,7 +23,7 @@ from aligngym.core.gradient_agent import GradientAgent
 from aligngym.core.policy import Policy
 from aligngym.core.randomness import derived_seed
 from aligngym.core.sampler import Sampler
-from aligngym.core.schedules import Schedule
+from aligngym.core.schedules import Schedule, as_schedule
 from aligngym.core.trajectories import Experience, Trajectories
 
 #: What the losses of a batch's actions are divided by; see :class:`PolicyGradient`.
@@ -41,7 +41,8 @@ class PolicyGradient(GradientAgent[Experience]):
         epochs: how often an iteration goes over its batch.
         minibatch_size: how much of the batch one gradient step sees: so many actions if the policy is Markov, whose
             steps can be shuffled, and so many trajectories otherwise. ``None``: all of it.
-        entropy_coefficient: the loss has −c·H(π(·|s)) for each action (R. Williams and J. Peng, 1991).
+        entropy_coefficient: c, or a schedule of it over iterations: the loss has −c·H(π(·|s)) for each action
+            (R. Williams and J. Peng, 1991).
         value_coefficient: the loss has c·½(V(s) − target)² for each action, if the policy has a critic.
         normalise: what the sum of losses is divided by. ``"actions"``: their number. ``"trajectories"``: the number of
             trajectories, the gradient of J. ``"lengths"``: every trajectory by its own length first, and then by their
@@ -71,7 +72,7 @@ class PolicyGradient(GradientAgent[Experience]):
         learning_rate: float | Schedule = 3e-4,
         epochs: int = 1,
         minibatch_size: int | None = None,
-        entropy_coefficient: float = 0.0,
+        entropy_coefficient: float | Schedule = 0.0,
         value_coefficient: float = 0.5,
         normalise: str = "actions",
         normalise_advantages: str | None = None,
@@ -87,7 +88,7 @@ class PolicyGradient(GradientAgent[Experience]):
         if minibatch_size is not None and minibatch_size < 1:
             raise ValueError(f"minibatch_size is at least 1, or None for the whole batch, not {minibatch_size}")
         for name, number in (
-            ("entropy_coefficient", entropy_coefficient),
+            ("entropy_coefficient", 0.0 if isinstance(entropy_coefficient, Schedule) else entropy_coefficient),
             ("value_coefficient", value_coefficient),
             ("beta", beta),
         ):
@@ -103,7 +104,7 @@ class PolicyGradient(GradientAgent[Experience]):
         super().__init__(policy, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **options)
         self.sampler, self.discount = sampler, discount
         self.epochs, self.minibatch_size = epochs, minibatch_size
-        self.entropy_coefficient, self.value_coefficient = entropy_coefficient, value_coefficient
+        self.entropy_schedule, self.value_coefficient = as_schedule(entropy_coefficient), value_coefficient
         self.normalise, self.normalise_advantages = normalise, normalise_advantages
         self.beta, self.kl = beta, kl
 
@@ -124,6 +125,11 @@ class PolicyGradient(GradientAgent[Experience]):
     def stop_early(self, metrics: Metrics) -> bool:
         """Say whether the rest of the batch's minibatches should be left out."""
         return False
+
+    @property
+    def entropy_coefficient(self) -> float:
+        """c in this iteration."""
+        return self.entropy_schedule(self.iteration)
 
     # The loop.
 

@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 
 import aligngym.envs  # noqa: F401 (registers the grid)
 from aligngym.agents import A2C, PPO, EnvironmentSampler, ModelSampler, PolicyIteration
-from aligngym.core import MarkovPolicy, NetworkPolicy, TabularPolicy
+from aligngym.core import Decay, MarkovPolicy, NetworkPolicy, TabularPolicy
 from aligngym.envs import TabularMDP
 
 COPIES, DISCOUNT, SHARE = 8, 0.99, 0.95
@@ -201,7 +201,7 @@ def linear(start: float) -> Callable[[float], float]:
 
 #: Environment steps after which a run is given up; where a schedule falls, it falls over these.
 LIMITS = {
-    ("PPO", "FrozenLake-v1"): 200_000,
+    ("PPO", "FrozenLake-v1"): 500_000,
     ("PPO", "GridWorld-7x7"): 200_000,
     ("PPO", "CartPole-v1"): 100_000,
     ("A2C", "FrozenLake-v1"): 200_000,
@@ -292,14 +292,15 @@ def judge_after_updates(run: Run, policy: Policy) -> Any:
 OUR_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("PPO", "FrozenLake-v1"): {
         "sampler": ModelSampler,
-        "steps": 2048,
+        "steps": 512,
         "hidden": None,
         "learning_rate": 0.1,
         "epochs": 4,
         "minibatch_size": None,
-        "discount": 0.98,
+        "discount": 0.99,
         "trace": 0.9,
         "max_grad_norm": None,
+        "entropy_coefficient": Decay(0.05, 60),
     },
     ("PPO", "GridWorld-7x7"): {
         "sampler": ModelSampler,

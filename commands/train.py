@@ -169,8 +169,9 @@ def read_settings(algorithm: str, words: Sequence[str]) -> tuple[Settings, bool]
     if arguments.wrapper:
         flags["wrappers"] = arguments.wrapper
     base: dict[str, Any] = {}
-    env_id = environment_named(arguments.env)[0] if arguments.env else None
-    config = arguments.config or (env_id and tuned_config(algorithm, env_id))
+    # What was tuned for the default map says nothing about another one.
+    env_id, map_options = environment_named(arguments.env) if arguments.env else (None, {})
+    config = arguments.config or (env_id and not map_options and tuned_config(algorithm, env_id))
     if config and config != "none":
         base = checked(read_yaml(config), str(config), algorithm)
     if not arguments.env and "env" not in base:

@@ -246,8 +246,8 @@ def test_a_time_limit_is_no_end():
         copies = gymnasium.vector.SyncVectorEnv([lambda: env] * 1, autoreset_mode=gymnasium.vector.AutoresetMode(mode))
         policy = TabularPolicy.for_env(env, critic=True)
         agent = A2C(policy, EnvironmentSampler(copies, steps=7), discount=0.9, learning_rate=0.3, max_grad_norm=None)
-        agent.learn(300, progress=False)
-        assert float(policy.values[0]) == pytest.approx(10, rel=0.01)
+        agent.learn(150, progress=False)
+        assert float(policy.values.detach()[0]) == pytest.approx(10, rel=0.01)
 
 
 MAPS = {"walls": ("S..#\n.#..\n...G", 0.0), "slippery": ("S..\n.#.\n..G", 0.2)}
@@ -281,14 +281,14 @@ BUDGETS = {
 @pytest.mark.parametrize("world", MAPS)
 @pytest.mark.parametrize("name", BUDGETS)
 def test_every_agent_reaches_the_optimum(name, world):
-    """Over five seeds: its favourite actions are exactly optimal, and it drew them often enough."""
+    """Over five seeds (two where nothing is random): its favourite actions are exactly optimal, and often drawn."""
     drawing, slip = MAPS[world]
     env = gymnasium.wrappers.TimeLimit(GridWorld(drawing, slip=slip, step_reward=-0.05), 50)
     exact = PolicyIteration(env, discount=0.99).learn(progress=False)
     mdp, best = exact.mdp, float(exact.mdp.initial @ exact.values)
     uniform = float(mdp.initial @ mdp.evaluate(np.full((mdp.num_states, mdp.num_actions), 0.25), 0.99))
     iterations, make = BUDGETS[name]
-    for seed in range(5):
+    for seed in range(5 if world == "slippery" else 2):
         agent = make(env, lambda critic: TabularPolicy.for_env(env, critic=critic))
         agent.seed = seed
         agent.learn(iterations, progress=False)

@@ -39,7 +39,8 @@ def grid(tmp_path):
 @pytest.fixture
 def arguments(grid, tmp_path):
     """A run of eight iterations in a grid."""
-    return ["train", "ppo", grid, "--steps", "256", "--output", str(tmp_path / "run"), *SMALL.split()]
+    command = ["train", "ppo", grid, "--config", "none", "--steps", "256", *SMALL.split()]
+    return [*command, "--output", str(tmp_path / "run")]
 
 
 def refused(capsys, arguments):
@@ -117,7 +118,8 @@ def test_the_exact_optimum_of_a_grid_is_reached(grid, tmp_path, words):
 
 def test_masked_actions_are_left_out_of_play_and_of_exact_values():
     # An untrained table prefers no action; among the allowed ones it takes the first, and its chances are equal.
-    from aligngym.commands.judgement import _tables, player
+    from aligngym.commands.judgement import _tables, judge, player
+    from aligngym.commands.play import play
 
     settings = Settings.complete("ppo", "Taxi-v4", {"simulator": "environment"})
     agent = settings.experiment().make_agent()
@@ -132,10 +134,16 @@ def test_masked_actions_are_left_out_of_play_and_of_exact_values():
         assert tables["greedy"][state].argmax() == (allowed.argmax() if allowed.any() else 0)
         expected = allowed / allowed.sum() if allowed.any() else np.full(6, 1 / 6)
         np.testing.assert_allclose(tables["drawn"][state], expected, atol=1e-12)
+    # Dropping off nobody costs 10, is what this policy likes best, and is not allowed.
+    agent.policy.logits.data[:, 5] = 1.0
+    assert judge(settings, agent, 2, seed=0).mean == -200
+    drawn = gymnasium.make("Taxi-v4", render_mode="ansi")
+    lines = [line for _, line in play(agent, drawn, 1, seed=0, greedy=True)]
+    assert lines[-1].endswith("return -200, cut off")
 
 
 def test_a_model_knows_no_masks_and_neither_does_the_judge():
-    from aligngym.commands.judgement import _tables, player
+    from aligngym.commands.judgement import _tables, judge, player
 
     settings = Settings.complete("ppo", "Taxi-v4", {"simulator": "model"})
     assert "action_masks" not in settings.values
@@ -144,6 +152,8 @@ def test_a_model_knows_no_masks_and_neither_does_the_judge():
     # The first action, also where the environment does not allow it.
     assert player(agent, env.action_space)(0, np.array([False, True, True, True, True, True])) == 0
     np.testing.assert_allclose(_tables(agent, env)["drawn"], 1 / 6, atol=1e-12)
+    agent.policy.logits.data[:, 5] = 1.0
+    assert judge(settings, agent, 2, seed=0).mean == -2000
 
 
 # Repeating and resuming.
