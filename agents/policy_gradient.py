@@ -128,7 +128,7 @@ class PolicyGradient(GradientAgent[Experience]):
 
     @property
     def entropy_coefficient(self) -> float:
-        """c in this iteration."""
+        """The entropy's coefficient in this iteration."""
         return self.entropy_schedule(self.iteration)
 
     # The loop.

@@ -483,10 +483,14 @@ def test_the_tuned_settings_are_found_and_named(tmp_path, monkeypatch, capsys):
         "evaluation_episodes: 2\ndiscount: 0.9\nenv_options: {max_episode_steps: 30}\n"
     )
     (tmp_path / "map.txt").write_text(MAP)
-    assert main(["train", "ppo", "map.txt", "--discount", "0.8"]) == 0
+    assert main(["train", "ppo", "aligngym/GridWorld-v0", "--discount", "0.8"]) == 0
     assert "ppo-aligngym-GridWorld-v0.yaml" in capsys.readouterr().out
-    recorded = Settings.read("runs/ppo-map-seed0")
+    (folder,) = (tmp_path / "runs").iterdir()
+    recorded = Settings.read(folder)
     assert (recorded.values["num_envs"], recorded.values["discount"]) == (4, 0.8)
+    # What was tuned for the default map says nothing about another one.
+    assert main(["train", "ppo", "map.txt", "--steps", "64", "--output", "map", *SMALL.split()]) == 0
+    assert "yaml" not in capsys.readouterr().out.splitlines()[0]
     plain = ["--config", "none", "--steps", "64", "--output", "other", *SMALL.split()]
     assert main(["train", "ppo", "map.txt", *plain]) == 0
     assert Settings.read("other").values["discount"] == 0.99
