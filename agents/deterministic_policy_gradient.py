@@ -7,17 +7,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
 
-from aligngym.agents.policy_gradient import play
+from aligngym.agents.environment_agent import EnvironmentAgent, means_of
 from aligngym.agents.replay import NStepTransitions, ReplayBuffer, Transitions
 from aligngym.core import objectives
 from aligngym.core.callbacks import Metrics
 from aligngym.core.deterministic_policy import DeterministicPolicy
-from aligngym.core.gradient_agent import GradientAgent
 from aligngym.core.policy import Policy
 from aligngym.core.randomness import derived_seed
 from aligngym.core.sampler import Sampler
@@ -33,7 +31,7 @@ class Regression(Rows):
     targets: Tensor
 
 
-class DPG(GradientAgent[Regression]):
+class DPG(EnvironmentAgent[Regression]):
     """Deterministic policy gradient for continuous actions, off-policy, with replay and target networks.
 
         ∇J(θ) = E_s[∇_θ μ_θ(s) ∇_a Q(s, a)|_{a = μ_θ(s)}]
@@ -109,10 +107,10 @@ class DPG(GradientAgent[Regression]):
             )
         if not 0 <= target_noise < math.inf:
             raise ValueError(f"target_noise is not negative, and this one is {target_noise}")
-        super().__init__(policy, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **options)
+        super().__init__(policy, sampler, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **options)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"DPG learns on one device, not on {self.accelerator.num_processes}")
-        self.sampler, self.discount = sampler, discount
+        self.discount = discount
         self.batch_size, self.warm_up, self.gradient_steps = batch_size, warm_up, gradient_steps
         self.tau, self.policy_delay, self.target_noise = tau, policy_delay, target_noise
         self.replay, self.transitions = ReplayBuffer(capacity), NStepTransitions(discount, n=1)
@@ -130,8 +128,7 @@ class DPG(GradientAgent[Regression]):
             collected.append(self.step(self.next_batch(number)))
             if self.improves:
                 self.follow()
-        means = {name: sum(metrics[name] for metrics in collected) / len(collected) for name in collected[0]}
-        return {**self.sampler.metrics, **means}
+        return {**self.sampler.metrics, **means_of(collected)}
 
     def next_batch(self, number: int = 0) -> Regression:
         """Draw transitions for gradient step ``number`` of this iteration, and say what the critic should learn."""
@@ -174,23 +171,12 @@ class DPG(GradientAgent[Regression]):
         for name, target in self.target.trainable_state().items():
             target.lerp_(followed[name], self.tau)
 
-    def act(self, observations: Any, *, greedy: bool = True) -> Any:
-        """Return μ(s), or with noise if not ``greedy``."""
-        return self.policy.act(observations, greedy=greedy)[0].cpu().numpy()
-
-    def evaluate(
-        self, env: gymnasium.Env | None = None, episodes: int = 100, *, seed: int = 0, discount: float = 1.0
-    ) -> Metrics:
-        """Play whole episodes without noise; see :meth:`PolicyGradient.evaluate`."""
-        return play(self.policy, self.sampler, env, episodes, seed=seed, discount=discount)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, what is remembered included."""
         return {
             **super().state_dict(),
             "target": self.target.trainable_state(),
             "replay": self.replay.state_dict(),
-            "sampler": self.sampler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,4 +184,3 @@ class DPG(GradientAgent[Regression]):
         super().load_state_dict(state)
         self.target.load_trainable_state(state["target"])
         self.replay.load_state_dict(state["replay"])
-        self.sampler.load_state_dict(state["sampler"])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
 
-from aligngym.agents.policy_gradient import play
+from aligngym.agents.environment_agent import EnvironmentAgent, means_of
 from aligngym.agents.replay import NStepTransitions, ReplayBuffer, Transitions
 from aligngym.core.callbacks import Metrics
-from aligngym.core.gradient_agent import GradientAgent
 from aligngym.core.policy import Policy
 from aligngym.core.q_network import QNetwork, greedy_actions
 from aligngym.core.randomness import derived_seed
@@ -20,7 +18,7 @@ from aligngym.core.sampler import Sampler
 from aligngym.core.schedules import Decay, Schedule
 
 
-class DQN(GradientAgent[Transitions]):
+class DQN(EnvironmentAgent[Transitions]):
     """Draw Q(s, a) towards R + γⁿ max_a' Q⁻(s', a'), on transitions drawn from a memory of what was done before.
 
     V. Mnih et al., *Human-level control through deep reinforcement learning*, 2015, algorithm 1. An iteration takes a
@@ -108,11 +106,11 @@ class DQN(GradientAgent[Transitions]):
                 f"epsilon falls from {initial_epsilon} to {final_epsilon} in {epsilon_steps} steps: take probabilities "
                 "that do not rise, and a number of steps that is not negative"
             )
-        super().__init__(policy, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **options)
+        super().__init__(policy, sampler, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **options)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{type(self).__name__} runs on one device, not on {self.accelerator.num_processes}")
         self.policy: QNetwork = policy
-        self.sampler, self.double = sampler, double
+        self.double = double
         self.transitions = NStepTransitions(discount, n)
         self.batch_size, self.gradient_steps, self.learning_starts = batch_size, gradient_steps, learning_starts
         self.target_every, self.target_rate = target_every, target_rate
@@ -136,7 +134,7 @@ class DQN(GradientAgent[Transitions]):
             return metrics
         self.generator = np.random.default_rng(derived_seed(self.seed, self.iteration, 1))
         learned = [self.learn_from(self.next_batch()) for _ in range(self.gradient_steps)]
-        return metrics | {name: sum(each[name] for each in learned) / len(learned) for name in learned[0]}
+        return {**metrics, **means_of(learned)}
 
     def explore(self) -> None:
         """Take ε-greedy steps, and remember them."""
@@ -174,29 +172,12 @@ class DQN(GradientAgent[Transitions]):
         best = greedy_actions(self.policy.means(judge), batch.next_action_mask)
         return self.policy.bootstrap(batch.returns, batch.discounts, of_actions(following, best))
 
-    # Acting and keeping.
-
-    def act(self, observations: Any, *, greedy: bool = True) -> Any:
-        """Let the policy act: an action for one observation, an array of them for a batch."""
-        return self.policy.act(observations, greedy=greedy)[0].cpu().numpy()
-
-    def evaluate(
-        self,
-        env: gymnasium.Env | None = None,
-        episodes: int = 100,
-        *,
-        seed: int = 0,
-        discount: float = 1.0,
-        greedy: bool = True,
-    ) -> Metrics:
-        """Play whole episodes; see :meth:`aligngym.agents.PolicyGradient.evaluate`."""
-        return play(self.policy, self.sampler, env, episodes, seed=seed, discount=discount, greedy=greedy)
+    # Keeping.
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue: the memory and the sampler's episodes included."""
         return {
             **super().state_dict(),
-            "sampler": self.sampler.state_dict(),
             "replay": self.replay.state_dict(),
             "waiting": self.transitions.state_dict(),
             "environment_steps": self.environment_steps,
@@ -206,7 +187,6 @@ class DQN(GradientAgent[Transitions]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         super().load_state_dict(state)
-        self.sampler.load_state_dict(state["sampler"])
         self.replay.load_state_dict(state["replay"])
         self.transitions.load_state_dict(state["waiting"])
         self.environment_steps, self.gradient_steps_done = state["environment_steps"], state["gradient_steps"]

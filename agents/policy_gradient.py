@@ -12,14 +12,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import gymnasium
 import torch
 from torch import Tensor
 
-from aligngym.agents.evaluation import evaluate_episodes
+from aligngym.agents.environment_agent import EnvironmentAgent, means_of
 from aligngym.core import objectives
 from aligngym.core.callbacks import Metrics
-from aligngym.core.gradient_agent import GradientAgent
 from aligngym.core.policy import Policy
 from aligngym.core.randomness import derived_seed
 from aligngym.core.sampler import Sampler
@@ -30,7 +28,7 @@ from aligngym.core.trajectories import Experience, Trajectories
 NORMALISATIONS = ("actions", "trajectories", "lengths")
 
 
-class PolicyGradient(GradientAgent[Experience]):
+class PolicyGradient(EnvironmentAgent[Experience]):
     """A template: an iteration samples, computes :meth:`advantages`, and steps along the gradient of :meth:`objective`.
 
     Args:
@@ -101,8 +99,8 @@ class PolicyGradient(GradientAgent[Experience]):
         ):
             if choice not in choices:
                 raise ValueError(f"{name} is one of {', '.join(map(str, choices))}, not {choice!r}")
-        super().__init__(policy, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **options)
-        self.sampler, self.discount = sampler, discount
+        super().__init__(policy, sampler, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **options)
+        self.discount = discount
         self.epochs, self.minibatch_size = epochs, minibatch_size
         self.entropy_schedule, self.value_coefficient = as_schedule(entropy_coefficient), value_coefficient
         self.normalise, self.normalise_advantages = normalise, normalise_advantages
@@ -141,8 +139,8 @@ class PolicyGradient(GradientAgent[Experience]):
             collected.append(self.step(minibatch))
             if self.stop_early(collected[-1]):
                 break
-        means = {name: sum(metrics[name] for metrics in collected) / len(collected) for name in collected[0]}
-        return {**self.sampler.metrics, **means, **self.describe(batch), "gradient_steps": len(collected)}
+        known = {**self.describe(batch), "gradient_steps": len(collected)}
+        return {**self.sampler.metrics, **means_of(collected), **known}
 
     def next_batch(self) -> Experience:
         """Let the policy act, and judge what it did."""
@@ -258,69 +256,6 @@ class PolicyGradient(GradientAgent[Experience]):
         variance = targets.var(correction=0)
         explained = 1 - (targets - values).var(correction=0) / variance if variance > 0 else torch.zeros(())
         return {"explained_variance": float(explained)}
-
-    # Acting.
-
-    def act(self, observations: Any, *, greedy: bool = True) -> Any:
-        """Let the policy act: an action for one observation, an array of them for a batch."""
-        return self.policy.act(observations, greedy=greedy)[0].cpu().numpy()
-
-    def evaluate(
-        self,
-        env: gymnasium.Env | None = None,
-        episodes: int = 100,
-        *,
-        seed: int = 0,
-        discount: float = 1.0,
-        greedy: bool = True,
-    ) -> Metrics:
-        """Play whole episodes; see :func:`aligngym.agents.evaluate_episodes`.
-
-        Args:
-            env: another copy of the sampler's environment by default.
-            episodes: how many.
-            seed: of the environment, and of the actions if they are drawn.
-            discount: of the return.
-            greedy: whether to take the most probable action, instead of drawing one.
-        """
-        return play(self.policy, self.sampler, env, episodes, seed=seed, discount=discount, greedy=greedy)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue, the sampler's episodes included."""
-        return {**super().state_dict(), "sampler": self.sampler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
-        super().load_state_dict(state)
-        self.sampler.load_state_dict(state["sampler"])
-
-
-def play(
-    policy: Policy,
-    sampler: Sampler,
-    env: gymnasium.Env | None,
-    episodes: int,
-    *,
-    seed: int,
-    discount: float = 1.0,
-    greedy: bool = True,
-) -> Metrics:
-    """Let a policy play episodes of an environment, by default of the one that a sampler has copies of."""
-    from aligngym.envs.vectorize import single_copy
-
-    if env is None:
-        env = single_copy(sampler.env)  # type: ignore[attr-defined]
-    policy.eval()
-    generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
-    low, high = getattr(env.action_space, "low", None), getattr(env.action_space, "high", None)
-
-    def act(observation: Any, allowed: Any = None) -> Any:
-        options = {} if allowed is None else {"action_mask": allowed}
-        action = policy.act(observation, greedy=greedy, generator=generator, **options)[0].cpu().numpy()
-        return action.clip(low, high) if low is not None else int(action)
-
-    masks = getattr(sampler, "action_masks", False)
-    return evaluate_episodes(act, env, episodes, seed, discount, action_masks=masks)
 
 
 def standardised(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:

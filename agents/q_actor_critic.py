@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -11,16 +10,15 @@ from torch import Tensor, nn
 
 from aligngym.agents.policy_gradient import PolicyGradient
 from aligngym.core.advantages import gae
-from aligngym.core.markov_policy import MarkovPolicy
+from aligngym.core.markov_policy import MarkovPolicy, WeightsPolicy
 from aligngym.core.networks import ObservationNetwork
 from aligngym.core.policy import Evaluation, Policy
 from aligngym.core.randomness import seeded
 from aligngym.core.sampler import Sampler
-from aligngym.core.storage import load_tree, save_tree
 from aligngym.core.trajectories import Experience, Trajectories
 
 
-class ActionValuePolicy(MarkovPolicy):
+class ActionValuePolicy(WeightsPolicy):
     """A policy beside a critic that gives Q(s, a) for every action.
 
     As an evaluation of actions that were taken, ``values`` are Q(s_t, a_t), and so the value after a step is
@@ -68,25 +66,6 @@ class ActionValuePolicy(MarkovPolicy):
         table = self.critic(trajectories.observations[mask])
         taken = table.gather(1, trajectories.actions[mask][:, None])[:, 0]
         return Evaluation(said.log_probs, said.entropy, torch.zeros_like(said.log_probs).masked_scatter(mask, taken))
-
-    def save(self, path: str | Path) -> None:
-        save_tree(path, {"action_values": self.state_dict()})
-
-    def load(self, path: str | Path) -> Self:
-        """Take over what a policy and critic made with the same arguments have saved.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else, or other shapes.
-        """
-        tree = load_tree(path)
-        if tree.keys() != {"action_values"}:
-            raise ValueError(f"{path} holds no policy with values of actions, but {', '.join(map(str, tree))}")
-        own = {name: value.shape for name, value in self.state_dict().items()}
-        if own != {name: value.shape for name, value in tree["action_values"].items()}:
-            raise ValueError(f"{path} holds another policy: make this one with the arguments of the saved one")
-        self.load_state_dict(tree["action_values"])
-        return self
 
 
 def action_value_network(policy: MarkovPolicy, seed: int = 0) -> nn.Module:

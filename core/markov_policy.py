@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from aligngym.core.distributions import ActionDistribution, Categorical, DiagonalGaussian
 from aligngym.core.policy import Evaluation, Policy
 from aligngym.core.spaces import encode, encoded_shape
+from aligngym.core.storage import load_tree, save_tree
 from aligngym.core.trajectories import Trajectories
 
 #: Chooses actions for a batch of encoded observations, among the allowed ones if that is said.
@@ -198,6 +200,29 @@ class MarkovPolicy(Policy):
         distribution = self.from_outputs(self.outputs(states).double())
         assert isinstance(distribution, Categorical)
         return distribution.probabilities
+
+
+class WeightsPolicy(MarkovPolicy):
+    """A policy made of networks, whose file holds their weights; the file is read into a policy made alike."""
+
+    def save(self, path: str | Path) -> None:
+        save_tree(path, {"network": type(self).__name__, "weights": self.state_dict()})
+
+    def load(self, path: str | Path) -> Self:
+        """Take over the weights, and the reference's, that a policy made with the same arguments has saved.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else, or another network.
+        """
+        tree = load_tree(path)
+        if tree.get("network") != type(self).__name__:
+            raise ValueError(f"{path} holds no network of this kind, {type(self).__name__}")
+        own = {name: value.shape for name, value in self.state_dict().items()}
+        if own != {name: value.shape for name, value in tree["weights"].items()}:
+            raise ValueError(f"{path} holds another network: make this one with the arguments of the saved one")
+        self.load_state_dict(tree["weights"])
+        return self
 
 
 def _rows(trajectories: Trajectories) -> Tensor:

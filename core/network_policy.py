@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import gymnasium
@@ -13,14 +12,13 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aligngym.core.markov_policy import MarkovPolicy
+from aligngym.core.markov_policy import WeightsPolicy
 from aligngym.core.networks import ObservationNetwork, initialise_orthogonally
 from aligngym.core.randomness import seeded
 from aligngym.core.spaces import single_spaces
-from aligngym.core.storage import load_tree, save_tree
 
 
-class NetworkPolicy(MarkovPolicy):
+class NetworkPolicy(WeightsPolicy):
     """A multi-layer perceptron, behind convolutions for images, that gives logits of actions or a Gaussian's means.
 
     Its reference is the network as it was made.
@@ -121,22 +119,3 @@ class NetworkPolicy(MarkovPolicy):
             return network(observations)
         table = network(torch.arange(states, device=observations.device))
         return F.embedding(observations, table)
-
-    def save(self, path: str | Path) -> None:
-        save_tree(path, {"network": self.state_dict()})
-
-    def load(self, path: str | Path) -> Self:
-        """Take over the weights, and the reference's, that a policy made with the same arguments has saved.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else, or another network.
-        """
-        tree = load_tree(path)
-        if tree.keys() != {"network"}:
-            raise ValueError(f"{path} holds no network, but {', '.join(map(str, tree))}")
-        own = {name: value.shape for name, value in self.state_dict().items()}
-        if own != {name: value.shape for name, value in tree["network"].items()}:
-            raise ValueError(f"{path} holds another network: make this one with the arguments of the saved one")
-        self.load_state_dict(tree["network"])
-        return self

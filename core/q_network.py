@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import gymnasium
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 
 from aligngym.core import objectives
 from aligngym.core.distributions import Categorical
-from aligngym.core.markov_policy import Actor, MarkovPolicy
+from aligngym.core.markov_policy import Actor, WeightsPolicy
 from aligngym.core.networks import ObservationNetwork
 from aligngym.core.randomness import seeded
 from aligngym.core.spaces import single_spaces
-from aligngym.core.storage import load_tree, save_tree
 
 #: The values of at most so many numbered states are computed in advance, whichever of them are seen.
 SMALL_TABLE = 1000
@@ -65,7 +63,7 @@ class ActionValueNetwork(nn.Module):
         return values + advantages - advantages.mean(dim=1, keepdim=True)
 
 
-class QNetwork(MarkovPolicy):
+class QNetwork(WeightsPolicy):
     """The ε-greedy policy of a network's action values: π(a|s) = ε/|A(s)| + (1 − ε)·[a = argmax_b Q(s, b)].
 
     Only allowed actions count, where the environment says which are; of several best actions the first is taken. The
@@ -200,22 +198,6 @@ class QNetwork(MarkovPolicy):
     def trainable_state(self) -> dict[str, Tensor]:
         """The parameters of both networks."""
         return {name: parameter.data for name, parameter in self.named_parameters()}
-
-    def save(self, path: str | Path) -> None:
-        save_tree(path, {"q_network": self.trainable_state()})
-
-    def load(self, path: str | Path) -> Self:
-        """Take over the weights that a policy made with the same arguments has saved.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else, or another network.
-        """
-        tree = load_tree(path)
-        if tree.keys() != {"q_network"}:
-            raise ValueError(f"{path} holds no Q-network, but {', '.join(map(str, tree))}")
-        self.load_trainable_state(tree["q_network"])
-        return self
 
 
 class CategoricalQNetwork(QNetwork):

@@ -193,7 +193,7 @@ def test_saved_and_resumed_bit_for_bit(tmp_path):
     with pytest.raises(ValueError, match="arguments of the saved one"):
         ActionValuePolicy(TabularPolicy(3, 4)).load(tmp_path / "policy")
     whole.policy.policy.save(tmp_path / "table")
-    with pytest.raises(ValueError, match="no policy with values of actions, but logits"):
+    with pytest.raises(ValueError, match="no network of this kind, ActionValuePolicy"):
         loaded.load(tmp_path / "table")
 
 

@@ -264,7 +264,7 @@ def test_evaluate_refuses_what_is_no_run(tmp_path, capsys, arguments):
     assert main(arguments) == 0
     recorded = (tmp_path / "run/config.yaml").read_text()
     (tmp_path / "run/config.yaml").write_text(recorded.replace("policy: table", "policy: network"))
-    assert "holds no network" in refused(capsys, ["evaluate", str(tmp_path / "run")])
+    assert "holds no network of this kind" in refused(capsys, ["evaluate", str(tmp_path / "run")])
 
 
 # Bad input.
@@ -505,7 +505,7 @@ def test_a_network_and_its_wrappers_come_back_from_the_folder(tmp_path, capsys):
     fresh = settings.experiment().make_agent().policy
     assert isinstance(agent.policy, NetworkPolicy)
     assert not torch.equal(agent.policy.action_head.weight, fresh.action_head.weight)
-    assert torch.equal(agent.policy.action_head.weight, weights(tmp_path / "run")["network"]["action_head.weight"])
+    assert torch.equal(agent.policy.action_head.weight, weights(tmp_path / "run")["weights"]["action_head.weight"])
     first = capsys.readouterr().out
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "2"]) == 0
     mean = re.search(r"95 %\] +([\d.]+) ±", first)[1]
