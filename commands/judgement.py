@@ -72,6 +72,9 @@ def judge(settings: Settings, agent: Agent, episodes: int, seed: int) -> Judgeme
     env = settings.experiment().make_env()
     played = evaluate_episodes(player(agent, env.action_space), env, episodes, seed, action_masks=True)
     half = played["return_standard_error"] * stdtrit(max(1, episodes - 1), 0.975)
+    if half < 1e-9 * max(1.0, abs(played["return"])):
+        # All episodes went alike, but for the rounding of their sum.
+        half = 0.0
     discount = settings.values["discount"]
     return Judgement(played["return"], half, played["truncated"], discount, _exact(agent, env, discount))
 
