@@ -254,23 +254,23 @@ MAPS = {"walls": ("S..#\n.#..\n...G", 0.0), "slippery": ("S..\n.#.\n..G", 0.2)}
 
 #: Environment steps in which each agent reaches the optimum: iterations × steps of one sample.
 BUDGETS = {
-    "reinforce": (150, lambda env, p: REINFORCE(p(True), EpisodeSampler(env, episodes=32), learning_rate=0.1)),
+    "reinforce": (100, lambda env, p: REINFORCE(p(True), EpisodeSampler(env, episodes=32), learning_rate=0.1)),
     "leave one out": (
-        150,
+        100,
         lambda env, p: REINFORCE(
             p(False), EpisodeSampler(env, episodes=32), baseline="leave_one_out", learning_rate=0.1
         ),
     ),
-    "a2c": (200, lambda env, p: A2C(p(True), EnvironmentSampler(env, steps=16), trace=0.95, learning_rate=0.1)),
-    "ppo": (40, lambda env, p: PPO(p(True), EnvironmentSampler(env, steps=64), learning_rate=0.1)),
+    "a2c": (130, lambda env, p: A2C(p(True), EnvironmentSampler(env, steps=16), trace=0.95, learning_rate=0.1)),
+    "ppo": (25, lambda env, p: PPO(p(True), EnvironmentSampler(env, steps=64), learning_rate=0.1)),
     "rloo": (
-        150,
+        100,
         lambda env, p: RLOO(
             p(False), EpisodeSampler(env, episodes=32, group_size=16), discount=0.99, learning_rate=0.1
         ),
     ),
     "grpo": (
-        150,
+        100,
         lambda env, p: GRPO(
             p(False), EpisodeSampler(env, episodes=32, group_size=16), discount=0.99, learning_rate=0.1
         ),
@@ -281,14 +281,14 @@ BUDGETS = {
 @pytest.mark.parametrize("world", MAPS)
 @pytest.mark.parametrize("name", BUDGETS)
 def test_every_agent_reaches_the_optimum(name, world):
-    """Over five seeds (two where nothing is random): its favourite actions are exactly optimal, and often drawn."""
+    """Over five seeds: its favourite actions are exactly optimal, and it drew them often enough."""
     drawing, slip = MAPS[world]
     env = gymnasium.wrappers.TimeLimit(GridWorld(drawing, slip=slip, step_reward=-0.05), 50)
     exact = PolicyIteration(env, discount=0.99).learn(progress=False)
     mdp, best = exact.mdp, float(exact.mdp.initial @ exact.values)
     uniform = float(mdp.initial @ mdp.evaluate(np.full((mdp.num_states, mdp.num_actions), 0.25), 0.99))
     iterations, make = BUDGETS[name]
-    for seed in range(5 if world == "slippery" else 2):
+    for seed in range(5):
         agent = make(env, lambda critic: TabularPolicy.for_env(env, critic=critic))
         agent.seed = seed
         agent.learn(iterations, progress=False)
