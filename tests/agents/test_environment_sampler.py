@@ -191,8 +191,11 @@ def test_samples_follow_the_model(path, monkeypatch):
     over = rows.terminated | rows.truncated
     assert torch.equal(rows.observations[:, 1:][~over[:, :-1]], rows.next_observations[:, :-1][~over[:, :-1]])
     assert (rows.observations[:, 1:][over[:, :-1]] == int(mdp.initial.argmax())).all()
-    lengths = rows.truncated.float().argmax(1)
-    assert (lengths[rows.truncated.any(1)] >= LIMIT - 1).all()
+    lengths = torch.zeros(copies)
+    for t in range(30):
+        lengths += 1
+        assert torch.equal(rows.truncated[:, t], (lengths == LIMIT) & ~rows.terminated[:, t])
+        lengths[over[:, t]] = 0
     drawn = rows.actions.flatten().bincount(minlength=4) / rows.actions.numel()
     assert (drawn - 0.25).abs().max() < 5 * (0.25 * 0.75 / rows.actions.numel()) ** 0.5
     # It goes on from where it was, also when it is brought back.
@@ -301,6 +304,16 @@ def test_dictionaries_become_vectors_and_masks():
     assert rows.next_action_mask[0].tolist() == [[True, t % 2 == 0] for t in range(5)]
     assert (rows.actions[:, ::2] == 0).all()
     assert (policy(rows).log_probs[:, ::2] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_after_an_episode_nothing_is_forbidden(mode):
+    """What the next episode begins with says nothing about the state that the last one ended in."""
+    env = copies_of(lambda: TimeLimit(Dictionary(), 3), 2, mode)
+    rows = EnvironmentSampler(env, steps=7).sample(NetworkPolicy.for_env(env), seed=0)
+    assert rows.truncated[0].tolist() == [False, False, True] * 2 + [False]
+    assert rows.next_action_mask[0, 2].all()
+    assert rows.action_mask[0].tolist() == [[True, t % 3 == 1] for t in range(7)]
 
 
 def test_continuous_actions_are_clipped_in_the_environment_alone():

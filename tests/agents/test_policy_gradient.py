@@ -92,6 +92,17 @@ def test_reinforce_is_unbiased_with_any_baseline(problem, critic):
     np.testing.assert_allclose(estimate, policy_gradient(model, table, DISCOUNT), atol=1e-7)
 
 
+def test_a_critic_is_subtracted_from_the_return(problem):
+    model, rows, _ = problem
+    policy = policy_of(problem, critic=True)
+    policy.values.data = torch.randn(model.num_states, 1, dtype=torch.float64)
+    batch = REINFORCE(policy, Given(rows), discount=1.0, learning_rate=1.0).judge(doubled(rows))
+    to_go = doubled(rows).rewards.flip(1).cumsum(1).flip(1)
+    values = policy.values.detach()[rows.observations.clamp(min=0), 0]
+    torch.testing.assert_close(batch.advantages, torch.where(rows.mask, to_go - values, 0.0))
+    torch.testing.assert_close(batch.targets[rows.mask], to_go[rows.mask])
+
+
 def test_without_the_discount_of_states_the_direction_is_another(problem):
     model, rows, table = problem
     policy = policy_of(problem)
