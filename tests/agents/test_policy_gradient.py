@@ -21,7 +21,7 @@ from aligngym.agents import (
     SoftValueIteration,
 )
 from aligngym.agents.exact_gradients import policy_gradient
-from aligngym.core import Experience, NetworkPolicy, Power, Sampler, TabularPolicy, Trajectories
+from aligngym.core import Decay, Experience, NetworkPolicy, Power, Sampler, TabularPolicy, Trajectories
 from aligngym.envs import GridWorld, TabularEnv, TabularMDP, enumerate_trajectories
 
 HORIZON, DISCOUNT = 3, 0.9
@@ -227,6 +227,20 @@ def test_pieces_and_lost_shape_do_not_change_the_step(problem, normalise):
         logits, other = step(*others)
         torch.testing.assert_close(logits, whole)
         assert other == pytest.approx(metrics, rel=1e-5)
+
+
+def test_the_entropy_bonus_is_climbed_and_follows_its_schedule(problem):
+    """What it adds to the gradient is c times that of the mean entropy, and c falls if it is told to."""
+    _, rows, _ = problem
+    found = {}
+    for c in (0.0, 0.3, Decay(0.6, 10)):
+        agent = A2C(policy_of(problem, True), Given(doubled(rows)), entropy_coefficient=c, learning_rate=0.1)
+        agent.iteration = 5
+        found[c] = gradient(agent, agent.judge(doubled(rows)))
+    policy = policy_of(problem, True)
+    (policy(rows, entropy=True).entropy.sum() / rows.mask.sum()).backward()
+    torch.testing.assert_close(found[0.3] - found[0.0], 0.3 * policy.logits.grad)
+    torch.testing.assert_close(found[Decay(0.6, 10)], found[0.3])
 
 
 def test_kl_in_the_reward_and_as_k2_have_the_gradient_of_the_regularised_objective(problem):
