@@ -1,7 +1,6 @@
 """Reinforcement learning: planners that know the model, and learners that do not."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aligngym.agents.double_q_learning import DoubleQLearning
 from aligngym.agents.dyna import DynaQ, DynaQPlus, PrioritizedDyna
@@ -41,6 +40,7 @@ from aligngym.agents.tabular_agent import TabularAgent
 from aligngym.agents.td_lambda import OfflineLambdaReturn, TDLambda
 from aligngym.agents.td_prediction import TD0, NStepTD, TDPrediction
 from aligngym.agents.temporal_difference import ExpectedSarsa, QLearning, Sarsa, TDControl
+from aligngym.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from aligngym.agents.actor_critic import A2C
@@ -193,8 +193,4 @@ _NEED_TORCH = {
     "TRPO": "trpo",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
-        return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _NEED_TORCH)

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from aligngym.core.callbacks import Metrics
-from aligngym.core.markov_policy import MarkovPolicy
+from aligngym.core.markov_policy import Actor, acting_step_by_step
 from aligngym.core.policy import Policy
 from aligngym.core.sampler import Sampler
 from aligngym.core.trajectories import PADDING, Trajectories
-from aligngym.envs.copies import Copies
+from aligngym.envs.copies import Copies, Step
 from aligngym.envs.vectorize import AnyEnvironment, vectorize
 
 
@@ -57,25 +57,20 @@ class EnvironmentSampler(Sampler):
         self._episodes = _Episodes(self.env.num_envs)
 
     def sample(self, policy: Policy, seed: int) -> Trajectories:
-        assert isinstance(policy, MarkovPolicy), "an environment's steps need a policy that acts step by step"
         if self._seed is None:
             self._reset(seed)
+        policy = acting_step_by_step(policy)
         act, recorder = policy.actor(seed), _Recorder()
         self._episodes.forget_finished()
         for _ in range(self.steps):
-            observations, allowed = self.copies.observations, self.copies.action_mask if self.action_masks else None
-            actions = act(observations, allowed)
-            step = self.copies.step(actions)
+            step, seen = _act(self.copies, act, self.action_masks)
             self._episodes.add(step.rewards, step.acted, step.terminated | step.truncated)
             recorder.add(
-                observations=observations,
-                actions=actions,
+                **seen,
                 mask=step.acted,
                 rewards=step.rewards,
                 terminated=step.terminated,
                 truncated=step.truncated,
-                next_observations=step.next_observations,
-                action_mask=allowed,
                 next_action_mask=step.next_action_mask if self.action_masks else None,
             )
         rows = recorder.trajectories(policy.device)
@@ -154,33 +149,37 @@ class EpisodeSampler(Sampler):
         self.metrics: Metrics = {}
 
     def sample(self, policy: Policy, seed: int) -> Trajectories:
-        assert isinstance(policy, MarkovPolicy), "an environment's steps need a policy that acts step by step"
         groups = self.episodes // self.group_size
         seeds = np.random.SeedSequence(seed).generate_state(groups) >> 1
         group = np.arange(groups).repeat(self.group_size)
         self.copies.reset([int(s) for s in seeds[group]])
+        policy = acting_step_by_step(policy)
         act, recorder, running = policy.actor(seed), _Recorder(), np.ones(self.episodes, dtype=bool)
         while running.any():
-            observations, allowed = self.copies.observations, self.copies.action_mask if self.action_masks else None
-            actions = act(observations, allowed)
-            step = self.copies.step(actions)
+            step, seen = _act(self.copies, act, self.action_masks)
             last = self.max_steps is not None and len(recorder) + 1 >= self.max_steps
             truncated = (step.truncated | last) & ~step.terminated
             recorder.add(
-                observations=observations,
-                actions=actions,
+                **seen,
                 mask=running,
                 rewards=step.rewards * running,
                 terminated=step.terminated & running,
                 truncated=truncated & running,
-                next_observations=step.next_observations,
-                action_mask=allowed,
             )
             running = running & ~(step.terminated | truncated)
         rows = recorder.trajectories(policy.device)
         rows.group = torch.from_numpy(group).to(policy.device)
         self.metrics = {"return": float(rows.returns.mean()), "length": float(rows.lengths.float().mean())}
         return rows
+
+
+def _act(copies: Copies, act: Actor, action_masks: bool) -> tuple[Step, dict[str, NDArray[Any] | None]]:
+    """Let every copy act once; return what happened, and what was seen and done, by the fields of trajectories."""
+    observations, allowed = copies.observations, copies.action_mask if action_masks else None
+    actions = act(observations, allowed)
+    step = copies.step(actions)
+    seen = {"observations": observations, "actions": actions, "action_mask": allowed}
+    return step, {**seen, "next_observations": step.next_observations}
 
 
 class _Recorder:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aligngym.core.callbacks import Metrics
 from aligngym.core.compilation import compiled
-from aligngym.core.markov_policy import MarkovPolicy
+from aligngym.core.markov_policy import acting_step_by_step
 from aligngym.core.policy import Policy
 from aligngym.core.sampler import Sampler
 from aligngym.core.trajectories import Trajectories
@@ -56,6 +56,8 @@ class ModelSampler(Sampler):
         self.env = TensorTabularEnv(model, num_envs, max_episode_steps=max_episode_steps, device=device)
         self.steps = steps
         self.metrics: Metrics = {}
+        #: In no state from this number on is anything decided.
+        self._decided = int(np.flatnonzero(~self.env.mdp.terminal).max(initial=-1)) + 1
         self._begun = False
         #: Return and length, so far, of the episode that each copy is in.
         self._running = torch.zeros(2, num_envs, device=self.env.device)
@@ -68,11 +70,8 @@ class ModelSampler(Sampler):
             TypeError: if the policy is not over numbered states and actions.
             ValueError: if it is over those of another model.
         """
-        if not isinstance(policy, MarkovPolicy):
-            raise TypeError(f"numbered states need a policy that acts step by step, not {type(policy).__name__}")
-        table, mdp = policy.probability_table().to(self.env.device), self.env.mdp
-        decided = int(np.flatnonzero(~mdp.terminal).max(initial=-1)) + 1
-        if len(table) < decided or table.shape[1] != mdp.num_actions:
+        table, mdp = acting_step_by_step(policy).probability_table().to(self.env.device), self.env.mdp
+        if len(table) < self._decided or table.shape[1] != mdp.num_actions:
             raise ValueError(
                 f"the policy is over {len(table)} states and {table.shape[1]} actions, the model over "
                 f"{mdp.num_states} and {mdp.num_actions}"

@@ -1,10 +1,10 @@
 """What every learner shares: trajectories, policies, advantages, objectives and the agents' loop."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aligngym.core.agent import Agent
 from aligngym.core.callbacks import Callback, History
+from aligngym.core.lazy import lazy_names
 from aligngym.core.schedules import (
     Conditions,
     Constant,
@@ -75,8 +75,4 @@ _NEED_TORCH = {
     "Trajectories": "trajectories",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
-        return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _NEED_TORCH)

@@ -21,6 +21,13 @@ def discounted_sums(terms: Tensor, decay: Tensor) -> Tensor:
     return sums
 
 
+def cuts(terminated: Tensor, truncated: Tensor) -> Tensor:
+    """Return ``[B, T]`` booleans, where something would follow that is not in the row: truncations and open ends."""
+    cut = truncated.clone()
+    cut[:, -1] = True
+    return cut & ~terminated
+
+
 def discounted_returns(
     rewards: Tensor,
     terminated: Tensor,
@@ -38,9 +45,7 @@ def discounted_returns(
         next_values: ``[B, T]``, V of the state after each step, used only at truncation and at a row's open end;
             without it what follows a cut is taken as 0.
     """
-    cut = truncated.clone()
-    cut[:, -1] = True
-    cut &= ~terminated
+    cut = cuts(terminated, truncated)
     bootstrap = torch.zeros_like(rewards) if next_values is None else discount * cut * next_values
     return discounted_sums(rewards + bootstrap, discount * (~(terminated | truncated)).to(rewards.dtype))
 
@@ -70,8 +75,7 @@ def gae(
         trace: λ in [0, 1].
         mask: ``[B, T]`` booleans; steps where it is false are stepped over, and their advantage is 0.
     """
-    deltas = rewards + discount * next_values * ~terminated - values
-    decay = discount * trace * (~(terminated | truncated)).to(rewards.dtype)
+    deltas, decay = _td_errors(rewards, values, next_values, terminated, truncated, discount, trace)
     if mask is not None:
         deltas, decay = deltas * mask, decay.where(mask, 1.0)
     advantages = discounted_sums(deltas, decay)
@@ -105,8 +109,7 @@ def v_trace(
         trace: λ in [0, 1].
         mask: ``[B, T]`` booleans; steps where it is false are stepped over, and their advantage is 0.
     """
-    deltas = rewards + discount * next_values * ~terminated - values
-    decay = discount * trace * (~(terminated | truncated)).to(rewards.dtype)
+    deltas, decay = _td_errors(rewards, values, next_values, terminated, truncated, discount, trace)
     # ρA, what the critic's targets differ from its values by, has a recursion without a look at the next ratio.
     corrections = discounted_sums(ratios * deltas * mask, (ratios * decay).where(mask, 1.0))
     following = torch.cat([corrections[:, 1:], torch.zeros_like(corrections[:, :1])], dim=1)
@@ -172,6 +175,20 @@ def group_normalised(returns: Tensor, group: Tensor, scale: bool = True, epsilon
     mean_square, _ = _group_means(centred**2, group)
     deviation = (mean_square * count / (count - 1).clamp(min=1)).sqrt()
     return centred / (deviation + epsilon)
+
+
+def _td_errors(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    discount: float,
+    trace: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``[B, T]`` δ_t, and what each step takes over from the next: γλ, or 0 where an episode ends."""
+    deltas = rewards + discount * next_values * ~terminated - values
+    return deltas, discount * trace * (~(terminated | truncated)).to(rewards.dtype)
 
 
 def _group_means(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from aligngym.core.advantages import cuts
 from aligngym.core.distributions import ActionDistribution, Categorical, DiagonalGaussian
 from aligngym.core.policy import Evaluation, Policy
 from aligngym.core.spaces import encode, encoded_shape
@@ -133,9 +134,7 @@ class MarkovPolicy(Policy):
         if shown is None or trajectories.truncated is None or trajectories.terminated is None:
             return following
         # Elsewhere the state after an action is the state before the next.
-        cut = trajectories.truncated.clone()
-        cut[:, -1] = True
-        cut &= trajectories.mask & ~trajectories.terminated
+        cut = cuts(trajectories.terminated, trajectories.truncated) & trajectories.mask
         following[cut] = self.state_values(shown[cut])
         return following
 
@@ -187,9 +186,16 @@ class MarkovPolicy(Policy):
 
         return act
 
-    @torch.no_grad()
     def probability_table(self) -> Tensor:
-        """Return ``[S, A]`` in float64, π(a|s) for every one of S numbered states.
+        """Return ``[S, A]`` in float64, π(a|s) for every one of S numbered states; see :meth:`state_distribution`."""
+        return self.state_distribution().probabilities
+
+    @torch.no_grad()
+    def state_distribution(self, allowed: Tensor | None = None) -> Categorical:
+        """Return the distributions over actions in all of S numbered states, in float64.
+
+        Args:
+            allowed: ``[S, A]`` booleans, the actions allowed in each state; ``None``: all.
 
         Raises:
             TypeError: unless observations and actions are discrete.
@@ -197,9 +203,20 @@ class MarkovPolicy(Policy):
         if not (self.is_discrete and isinstance(self.observation_space, spaces.Discrete)):
             raise TypeError(f"a table of probabilities needs numbered states, not {self.observation_space}")
         states = torch.arange(int(self.observation_space.n), device=self.device)
-        distribution = self.from_outputs(self.outputs(states).double())
+        distribution = self.from_outputs(self.outputs(states).double(), allowed)
         assert isinstance(distribution, Categorical)
-        return distribution.probabilities
+        return distribution
+
+
+def acting_step_by_step(policy: Policy) -> MarkovPolicy:
+    """Return the policy, if it is one that can act in an environment.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(policy, MarkovPolicy):
+        raise TypeError(f"an environment needs a policy that acts step by step, not {type(policy).__name__}")
+    return policy
 
 
 class WeightsPolicy(MarkovPolicy):

@@ -66,7 +66,7 @@ def encoded_shape(space: spaces.Space) -> tuple[int, ...]:
 
 
 def allowed_actions(observation: Any, info: dict[str, Any]) -> NDArray[np.bool_] | None:
-    """Return ``[A]`` booleans, which actions an environment allows now, or ``None`` if it does not say."""
+    """Return ``[…, A]`` booleans, which actions an environment, or a batch, allows now; ``None`` if it does not say."""
     mask = observation.get(ACTION_MASK) if isinstance(observation, dict) else info.get(ACTION_MASK)
     return None if mask is None else np.asarray(mask).astype(bool)
 

@@ -3,11 +3,11 @@
 Importing this package registers every environment below with Gymnasium, as ``aligngym/GridWorld-v0`` and so on.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gymnasium
 
+from aligngym.core.lazy import lazy_names
 from aligngym.envs.bairds_counterexample import BairdsCounterexample
 from aligngym.envs.blackjack import Blackjack
 from aligngym.envs.changing_maze import BlockingMaze, ChangingMaze, ShortcutMaze
@@ -105,8 +105,4 @@ _NEED_TORCH = {
     "enumerate_trajectories": "enumeration",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
-        return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _NEED_TORCH)

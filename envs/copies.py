@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
-from aligngym.core.spaces import ACTION_MASK, encode
+from aligngym.core.spaces import allowed_actions, encode
 
 
 @dataclass
@@ -132,10 +132,9 @@ class Copies:
             )
 
     def _mask(self, observations: Any, infos: dict[str, Any]) -> NDArray[np.bool_] | None:
-        mask = observations.get(ACTION_MASK) if isinstance(observations, dict) else infos.get(ACTION_MASK)
+        mask = allowed_actions(observations, infos)
         if mask is None:
             return None
-        mask = np.asarray(mask).astype(bool)
         # A copy that begins its episode in the next step says nothing, and its action is ignored.
         mask[~mask.any(axis=1)] = True
         return mask

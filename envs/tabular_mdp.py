@@ -215,6 +215,19 @@ class TabularMDP:
             cumulative[index] += cumulative[index - 1]
         return cumulative
 
+    def thresholds(self) -> NDArray[np.float64]:
+        """Return ``[K − 1, S·A]``, the cumulative probabilities of each row's outcomes but its last.
+
+        A row has at most K outcomes; where it has fewer, infinity stands for those it has not. Outcome k of a row
+        follows where k of them are at most a uniform number.
+        """
+        first, further = self.row_starts[:-1], np.diff(self.row_starts) - 1
+        thresholds = np.full((further.max(), len(further)), np.inf)
+        for place, row in enumerate(thresholds):
+            longer = further > place
+            row[longer] = self.cumulative[first[longer] + place]
+        return thresholds
+
     @cached_property
     def starts(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The states in which episodes can start, and their cumulative probabilities."""

@@ -59,19 +59,12 @@ class TensorTabularEnv:
         def table(values: Any, dtype: torch.dtype) -> Tensor:
             return torch.as_tensor(values, dtype=dtype, device=self.device)
 
-        first = torch.as_tensor(mdp.row_starts[:-1]).long()
-        counts = torch.as_tensor(mdp.row_starts[1:]).long() - first
-        self._first = first.to(self.device)
+        self._first = table(mdp.row_starts[:-1], torch.long)
         self._next_states = table(mdp.outcomes.next_states, torch.long)
         self._rewards = table(mdp.outcomes.rewards, torch.float32)
         self._terminal = table(mdp.terminal, torch.bool)
-        # Row s·A + a has its outcomes' cumulative probabilities, but for the last, and then numbers never reached.
-        self._thresholds = torch.full((len(counts), int(counts.max()) - 1), 2.0)
-        cumulative = torch.as_tensor(mdp.cumulative).float()
-        for place in range(self._thresholds.shape[1]):
-            longer = counts - 1 > place
-            self._thresholds[longer, place] = cumulative[first[longer] + place]
-        self._thresholds = self._thresholds.to(self.device)
+        # One row of outcomes beside the other, as they are looked up.
+        self._thresholds = table(mdp.thresholds().T.copy(), torch.float32)
         starts, start_cumulative = mdp.starts
         self._start_states = table(starts, torch.long)
         self._start_thresholds = table(start_cumulative[:-1], torch.float32)

@@ -90,13 +90,9 @@ class VectorTabularEnv(VectorEnv[Any, Any, Any]):
         # The end of the last row is where the idle row begins.
         self._first = row_starts.astype(np.int64)
         self._idle_row = len(row_starts) - 1
-        further = np.append(np.diff(row_starts) - 1, 0)
-        self._random = further > 0
-        #: ``[K − 1, S·A + 1]`` cumulative probabilities of the outcomes but the last, of which a row has at most K.
-        self._thresholds = np.full((further.max(), len(further)), np.inf)
-        for place, thresholds in enumerate(self._thresholds):
-            longer = further > place
-            thresholds[longer] = self.mdp.cumulative[self._first[longer] + place]
+        self._random = np.append(np.diff(row_starts) > 1, False)
+        #: ``[K − 1, S·A + 1]``.
+        self._thresholds = np.pad(self.mdp.thresholds(), ((0, 0), (0, 1)), constant_values=np.inf)
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]

@@ -45,10 +45,10 @@ def vectorize(env: AnyEnvironment, num_envs: int = 8, *, one_by_one: bool = Fals
     if num_envs < 1:
         raise ValueError(f"num_envs is a number of copies, at least 1, not {num_envs}")
     if isinstance(env, str):
-        if isinstance(gymnasium.make(env, **options).unwrapped, TabularEnv):
-            env = gymnasium.make(env, **options)
-        else:
+        made = gymnasium.make(env, **options)
+        if not isinstance(made.unwrapped, TabularEnv):
             return gymnasium.make_vec(env, num_envs, "sync" if one_by_one else None, **options)
+        env = made
     if isinstance(env, gymnasium.Env):
         limit = env.spec.max_episode_steps if env.spec else None
         # Wrappers that change what is seen or paid must stay; those that gymnasium.make adds do not.
