@@ -56,7 +56,9 @@ if TYPE_CHECKING:
         Pathwise,
         ScoreFunction,
     )
-    from aligngym.agents.group_relative import GRPO, RLOO
+    from aligngym.agents.group_fixed_point import GroupAdvantages, group_fixed_point
+    from aligngym.agents.group_relative import CISPO, DAPO, GRPO, GSPO, RLOO
+    from aligngym.agents.kl_control import AdaptiveKL
     from aligngym.agents.metric_training import MetricTraining, SurrogateTraining
     from aligngym.agents.model_sampler import ModelSampler
     from aligngym.agents.natural_policy_gradient import NaturalPolicyGradient
@@ -65,14 +67,19 @@ if TYPE_CHECKING:
     from aligngym.agents.ppo import PPO
     from aligngym.agents.q_actor_critic import QActorCritic
     from aligngym.agents.reinforce import REINFORCE
+    from aligngym.agents.reinforce_plus_plus import ReinforcePlusPlus
+    from aligngym.agents.rejection_sampling import RejectionSampling
     from aligngym.agents.replay import PrioritizedReplay, ReplayBuffer
     from aligngym.agents.trpo import TRPO
 
 __all__ = [
     "A2C",
+    "CISPO",
+    "DAPO",
     "DPG",
     "DQN",
     "GRPO",
+    "GSPO",
     "GTD2",
     "LSTD",
     "PPO",
@@ -81,6 +88,7 @@ __all__ = [
     "TD0",
     "TDC",
     "TRPO",
+    "AdaptiveKL",
     "Aggregation",
     "BehaviourCloning",
     "BehaviourSampler",
@@ -100,6 +108,7 @@ __all__ = [
     "GaussianNoise",
     "GaussianProblem",
     "GradientDescent",
+    "GroupAdvantages",
     "GumbelSoftmax",
     "IncrementalMean",
     "LeastSquares",
@@ -133,6 +142,8 @@ __all__ = [
     "ProjectedBellman",
     "QActorCritic",
     "QLearning",
+    "ReinforcePlusPlus",
+    "RejectionSampling",
     "ReplayBuffer",
     "RobbinsMonro",
     "Sarsa",
@@ -160,20 +171,26 @@ __all__ = [
     "draw_learning_curves",
     "error_bound",
     "evaluate_episodes",
+    "group_fixed_point",
 ]
 
 #: Imported when they are first asked for: they need torch, and a planner or a table does not.
 _NEED_TORCH = {
     "A2C": "actor_critic",
+    "AdaptiveKL": "kl_control",
     "BehaviourCloning": "behaviour_cloning",
     "BehaviourSampler": "off_policy_actor_critic",
+    "CISPO": "group_relative",
     "CategoricalProblem": "gradient_estimators",
+    "DAPO": "group_relative",
     "DPG": "deterministic_policy_gradient",
     "DQN": "dqn",
     "EnvironmentSampler": "environment_sampler",
     "EpisodeSampler": "environment_sampler",
     "GRPO": "group_relative",
+    "GSPO": "group_relative",
     "GaussianProblem": "gradient_estimators",
+    "GroupAdvantages": "group_fixed_point",
     "GumbelSoftmax": "gradient_estimators",
     "LeaveOneOut": "gradient_estimators",
     "MetricTraining": "metric_training",
@@ -187,10 +204,13 @@ _NEED_TORCH = {
     "QActorCritic": "q_actor_critic",
     "REINFORCE": "reinforce",
     "RLOO": "group_relative",
+    "ReinforcePlusPlus": "reinforce_plus_plus",
+    "RejectionSampling": "rejection_sampling",
     "ReplayBuffer": "replay",
     "ScoreFunction": "gradient_estimators",
     "SurrogateTraining": "metric_training",
     "TRPO": "trpo",
+    "group_fixed_point": "group_fixed_point",
 }
 
 __getattr__ = lazy_names(__name__, _NEED_TORCH)

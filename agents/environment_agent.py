@@ -29,8 +29,9 @@ class EnvironmentAgent(GradientAgent[Batch]):
         self.sampler = sampler
 
     def act(self, observations: Any, *, greedy: bool = True) -> Any:
-        """Let the policy act: an action for one observation, an array of them for a batch."""
-        return self.policy.act(observations, greedy=greedy)[0].cpu().numpy()
+        """Let the policy act: an action for one observation, an array of them for a batch, or completions."""
+        actions = self.policy.act(observations, greedy=greedy)[0]
+        return actions.cpu().numpy() if isinstance(actions, torch.Tensor) else actions
 
     def evaluate(
         self,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
 
 from aligngym.agents.actor_critic import A2C
-from aligngym.agents.policy_gradient import PolicyGradient
+from aligngym.agents.policy_gradient import PolicyGradient, standardised
 from aligngym.core import objectives
 from aligngym.core.callbacks import Metrics
 from aligngym.core.policy import Policy
@@ -56,14 +57,16 @@ class ClippedSurrogate(PolicyGradient):
 
     def diagnose(self, log_probs: Tensor, batch: Experience) -> dict[str, Tensor]:
         """Return the k3 estimate of KL(π_old‖π), and which ratios are out of the clip range."""
-        log_ratio = log_probs - batch.log_probs
-        ratio = log_ratio.exp()
-        high = self.clip if self.clip_high is None else self.clip_high
         # Actions were drawn from π_old, so the roles are those of a KL from it.
         return {
             "kl": objectives.kl_estimate(batch.log_probs, log_probs),
-            "clip_fraction": ((ratio < 1 - self.clip) | (ratio > 1 + high)).float(),
+            "clip_fraction": self.clipped((log_probs - batch.log_probs).exp()).float(),
         }
+
+    def clipped(self, ratio: Tensor) -> Tensor:
+        """Say which ratios are out of the clip range."""
+        high = self.clip if self.clip_high is None else self.clip_high
+        return (ratio < 1 - self.clip) | (ratio > 1 + high)
 
     def stop_early(self, metrics: Metrics) -> bool:
         return self.target_kl is not None and metrics["kl"] > 1.5 * self.target_kl
@@ -87,6 +90,9 @@ class PPO(ClippedSurrogate, A2C):
         epochs: how often to go over a batch.
         minibatch_size: actions in a gradient step, or trajectories of a language model; ``None``: the whole batch.
         normalise_advantages: see :class:`PolicyGradient`.
+        whiten_rewards: divide the rewards of a batch, the KL penalty included, by their standard deviation, without
+            shifting their mean. S. Huang et al., *The N implementation details of RLHF with PPO*, 2023. A unit of
+            reward, and so of value, then is another in every batch.
         options: of :class:`ClippedSurrogate` and :class:`PolicyGradient`.
 
     Raises:
@@ -104,6 +110,7 @@ class PPO(ClippedSurrogate, A2C):
         epochs: int = 4,
         minibatch_size: int | None = 256,
         normalise_advantages: str | None = "minibatch",
+        whiten_rewards: bool = False,
         **options: Any,
     ) -> None:
         if value_clip is not None and not value_clip > 0:
@@ -117,7 +124,14 @@ class PPO(ClippedSurrogate, A2C):
             normalise_advantages=normalise_advantages,
             **options,
         )
-        self.value_clip = value_clip
+        self.value_clip, self.whiten_rewards = value_clip, whiten_rewards
+
+    def advantages(self, batch: Experience) -> Tensor:
+        if self.whiten_rewards:
+            # Only the deviations from the mean are divided, as in the code of RLHF's first authors.
+            rewards = standardised(batch.rewards, batch.mask) + batch.rewards[batch.mask].mean() * batch.mask
+            batch = dataclasses.replace(batch, rewards=rewards)
+        return super().advantages(batch)
 
     def value_losses(self, values: Tensor, batch: Experience) -> Tensor:
         return objectives.value_regression(values, batch.targets, batch.values, self.value_clip)

@@ -1,11 +1,12 @@
-"""Preference data: read, checked row by row, and cut into tokens before any training starts."""
+"""Preference and labelled data: read, checked row by row, and cut into tokens before any training starts."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,82 +14,17 @@ import pandas
 import torch
 from datasets import load_dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt, is_conversational, maybe_convert_to_chatml
 from trl.data_utils import common_prefix_length
 
-from aligngym.core.randomness import derived_seed
-from aligngym.core.trajectories import PADDING, Preferences, Trajectories
+from aligngym.alignment.token_rows import TokenLabelled, TokenPreferences
+from aligngym.alignment.token_rows import pad_tokens as pad_tokens
 
 Row = dict[str, Any]
 
 #: Rows quoted in an error.
 SHOWN = 3
-
-
-@dataclass(frozen=True)
-class TokenPreferences:
-    """Pairs of completions as tokens; ``preferences[rows]`` is a padded batch of them, for :class:`DPO`.
-
-    Attributes:
-        prompts: N prompts, one-dimensional tensors of token ids.
-        chosen: N completions, the end-of-sequence token included.
-        rejected: N completions, likewise.
-    """
-
-    prompts: list[Tensor]
-    chosen: list[Tensor]
-    rejected: list[Tensor]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, rows: Tensor) -> Preferences:
-        """Return the pairs of the row numbers ``rows``."""
-        numbers = rows.tolist()
-        prompts = pad_tokens([self.prompts[row] for row in numbers], side="left")
-
-        def completions(tokens: list[Tensor]) -> Trajectories:
-            actions = pad_tokens([tokens[row] for row in numbers])
-            return Trajectories(prompts, actions, actions != PADDING)
-
-        return Preferences(completions(self.chosen), completions(self.rejected))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all: every prompt once, and both of its completions."""
-        return sum(map(len, [*self.prompts, *self.chosen, *self.rejected]))
-
-    def subset(self, rows: Iterable[int]) -> TokenPreferences:
-        """Return the pairs of some rows."""
-        rows = list(rows)
-        return TokenPreferences(*([field[row] for row in rows] for field in (self.prompts, self.chosen, self.rejected)))
-
-    def hold_back(self, size: int, seed: int) -> tuple[TokenPreferences, TokenPreferences]:
-        """Split off about ``size`` pairs for evaluation, so that no prompt is on both sides.
-
-        Raises:
-            ValueError: if nothing would be left to train on.
-        """
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(self.prompts):
-            prompts.setdefault(tuple(prompt.tolist()), []).append(row)
-        members = list(prompts.values())
-        held_back: list[int] = []
-        for group in torch.randperm(len(members), generator=torch.Generator().manual_seed(derived_seed(seed))).tolist():
-            if len(held_back) >= size:
-                break
-            held_back += members[group]
-        kept = sorted(set(range(len(self))) - set(held_back))
-        if not kept:
-            raise ValueError(f"holding back {size} of {len(self)} pairs leaves none to train on: give --eval a file")
-        return self.subset(kept), self.subset(sorted(held_back))
-
-
-def pad_tokens(sequences: list[Tensor], side: str = "right") -> Tensor:
-    """Return ``[B, T]`` with the sequences in its rows, filled up with :data:`PADDING` on one side."""
-    return pad_sequence(sequences, batch_first=True, padding_value=PADDING, padding_side=side)
 
 
 def load_preferences(
@@ -118,29 +54,103 @@ def load_preferences(
         ValueError: if it cannot be read, has no rows or not the columns, if rows cannot be used and are not to be
             dropped, or if no completion ends with a token that the model could stop at.
     """
+    rows = _pairs(source, _some_rows(source), drop_invalid)
+    tokens = _tokens(source, rows, PAIR, tokenizer, max_length, drop_invalid, end_tokens)
+    return TokenPreferences([x.prompt for x in tokens], *([x.completions[side] for x in tokens] for side in (0, 1)))
+
+
+def load_labelled(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    drop_invalid: bool = False,
+    end_tokens: Collection[int] = (),
+) -> TokenLabelled:
+    """Read completions that are each desirable or not, and cut them into tokens, as trl does for KTO.
+
+    Rows have ``prompt`` and ``completion``, each a string or a list of messages, and ``label``, true or false (in CSV
+    also in words, or 1 and 0). Preference pairs are taken as well: first all chosen completions, as desirable, then all
+    rejected ones. For the arguments see :func:`load_preferences`.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: as :func:`load_preferences`, or if all rows have the same label.
+    """
+    rows = _some_rows(source)
+    if {"chosen", "rejected"} <= set(rows[0]):
+        pairs = _pairs(source, rows, drop_invalid)
+        rows = [{**row, "completion": row[side], "label": side == "chosen"} for side in PAIR for row in pairs]
+    else:
+        _check_columns(source, rows, ("prompt", "completion", "label"))
+        rows = [maybe_convert_to_chatml(row) for row in rows]
+        rows = usable_rows(source, rows, partial(_complaint, columns=("prompt", "completion")), drop_invalid)
+        rows = usable_rows(source, rows, _label_complaint, drop_invalid)
+    tokens = _tokens(source, rows, ("completion",), tokenizer, max_length, drop_invalid, end_tokens)
+    labels = [LABELS[str(x.row["label"]).lower()] for x in tokens]
+    if len(set(labels)) == 1:
+        kind = "desirable" if labels[0] else "undesirable"
+        raise ValueError(f"{source}: every row is {kind}, and KTO learns from both kinds")
+    return TokenLabelled([x.prompt for x in tokens], [x.completions[0] for x in tokens], labels)
+
+
+#: The completions of a preference pair.
+PAIR = ("chosen", "rejected")
+
+#: What a label may be, as text.
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _some_rows(source: str | Path) -> list[Row]:
     rows = read_rows(source)
     if not rows:
         raise ValueError(f"{source}: no rows")
-    _check_columns(source, rows)
+    return rows
+
+
+def _pairs(source: str | Path, rows: list[Row], drop_invalid: bool) -> list[Row]:
+    """Return preference pairs with a prompt of their own, and without what cannot be used."""
+    _check_columns(source, rows, (*PAIR, *(["prompt"] if "prompt" in rows[0] else [])))
     rows = [maybe_convert_to_chatml(row) for row in rows]
     if "prompt" not in rows[0]:
         rows = [extract_prompt(row) for row in rows]
-    rows = _usable(source, rows, _complaint, drop_invalid)
+    return usable_rows(source, rows, _pair_complaint, drop_invalid)
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row, and the tokens of its prompt and completions."""
+
+    row: Row
+    prompt: Tensor
+    completions: list[Tensor]
+
+
+def _tokens(
+    source: str | Path,
+    rows: list[Row],
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    drop_invalid: bool,
+    end_tokens: Collection[int],
+) -> list[TokenRow]:
+    """Cut rows into tokens, ``columns`` being those of the completions."""
     if any(map(is_conversational, rows)) and not tokenizer.chat_template:
         raise ValueError(
             f"{source}: rows are conversations, and the tokenizer has no chat template to write them with: "
             "use the model's instruct version, or plain strings"
         )
-    tokens = [_tokenize(row, tokenizer) for row in rows]
+    tokens = [_tokenize(row, columns, tokenizer) for row in rows]
     if max_length is not None:
         tokens = _truncated(source, tokens, max_length, drop_invalid)
     ends = {*end_tokens, tokenizer.eos_token_id}
-    if not any(ends & set(completion.tolist()) for _, *completions in tokens for completion in completions):
+    if not any(ends & set(completion.tolist()) for x in tokens for completion in x.completions):
         raise ValueError(
             f"{source}: no completion contains an end-of-sequence token (id {sorted(filter(None, ends))}), so the "
             "model would never learn to stop: the chat template does not write it, or max_length cuts it off"
         )
-    return TokenPreferences(*map(list, zip(*tokens, strict=True)))
+    return tokens
 
 
 def read_rows(source: str | Path) -> list[Row]:
@@ -194,17 +204,16 @@ def _read_json(path: Path) -> list[Row]:
     return rows
 
 
-def _check_columns(source: str | Path, rows: list[Row]) -> None:
-    first = set(rows[0])
+def _check_columns(source: str | Path, rows: list[Row], columns: Sequence[str]) -> None:
     for number, row in enumerate(rows, start=1):
-        for column in ("chosen", "rejected", *(["prompt"] if "prompt" in first else [])):
+        for column in columns:
             if column not in row:
                 raise ValueError(f"{source}, row {number}: no column {column!r} (it has {', '.join(map(repr, row))})")
 
 
-def _complaint(row: Row) -> str | None:
+def _complaint(row: Row, columns: Sequence[str]) -> str | None:
     """Return why a row cannot be used, ``None`` if it can."""
-    for column in ("prompt", "chosen", "rejected"):
+    for column in columns:
         value = row[column]
         if not isinstance(value, (str, list)):
             return f"{column} is {type(value).__name__}, neither text nor messages"
@@ -215,12 +224,20 @@ def _complaint(row: Row) -> str | None:
                 return f"{column} is a list of something else than messages"
             if column != "prompt" and not any(message.get("content") for message in value):
                 return f"{column} is empty"
-    if len({type(row[column]) for column in ("prompt", "chosen", "rejected")}) > 1:
-        return "text and messages are mixed"
-    return "chosen equals rejected" if row["chosen"] == row["rejected"] else None
+    return "text and messages are mixed" if len({type(row[column]) for column in columns}) > 1 else None
 
 
-def _usable(source: str | Path, rows: list[Any], complaint: Any, drop: bool) -> list[Any]:
+def _pair_complaint(row: Row) -> str | None:
+    same = "chosen equals rejected" if row["chosen"] == row["rejected"] else None
+    return _complaint(row, ("prompt", *PAIR)) or same
+
+
+def _label_complaint(row: Row) -> str | None:
+    known = str(row["label"]).lower() in LABELS
+    return None if known else f"label is {row['label']!r}, neither true nor false"
+
+
+def usable_rows(source: str | Path, rows: list[Any], complaint: Any, drop: bool) -> list[Any]:
     """Return the rows without a complaint; raise about the others unless they are to be dropped."""
     found = [(number, complaint(row)) for number, row in enumerate(rows, start=1)]
     bad = [(number, reason) for number, reason in found if reason]
@@ -236,11 +253,8 @@ def _usable(source: str | Path, rows: list[Any], complaint: Any, drop: bool) -> 
     return [row for row, (_, reason) in zip(rows, found, strict=True) if not reason]
 
 
-Tokens = tuple[Tensor, Tensor, Tensor]
-
-
-def _tokenize(row: Row, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Return prompt, chosen and rejected as tokens.
+def _tokenize(row: Row, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
+    """Return the prompt and the completions as tokens.
 
     Prompt and completion are tokenised together and parted where the prompt's own tokens end, since a template or a
     merge may change the prompt's last tokens once something follows.
@@ -254,40 +268,39 @@ def _tokenize(row: Row, tokenizer: PreTrainedTokenizerBase) -> Tokens:
 
     if is_conversational(row):
         prompt = ids(row["prompt"], add_generation_prompt=True)
-        whole = [ids(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
+        whole = [ids(row["prompt"] + row[column]) for column in columns]
     else:
         end = str(tokenizer.eos_token or "")
         prompt = ids(row["prompt"])
-        whole = [ids(row["prompt"] + row[side].removesuffix(end) + end) for side in ("chosen", "rejected")]
+        whole = [ids(row["prompt"] + row[column].removesuffix(end) + end) for column in columns]
     shared = min(common_prefix_length(prompt, sequence) for sequence in whole)
     if shared < len(prompt):
         warnings.warn(
             f"the prompt ends differently when a completion follows: {tokenizer.decode(prompt[shared:])!r} is left out",
-            stacklevel=5,
+            stacklevel=6,
         )
-    chosen, rejected = (torch.tensor(sequence[shared:]) for sequence in whole)
-    return torch.tensor(prompt[:shared]), chosen, rejected
+    return TokenRow(row, torch.tensor(prompt[:shared]), [torch.tensor(sequence[shared:]) for sequence in whole])
 
 
-def _truncated(source: str | Path, tokens: list[Tokens], max_length: int, drop: bool) -> list[Tokens]:
+def _truncated(source: str | Path, tokens: list[TokenRow], max_length: int, drop: bool) -> list[TokenRow]:
     """Cut completions so that no sequence is longer than ``max_length``, and say what that costs."""
-    room = [max(0, max_length - len(prompt)) for prompt, *_ in tokens]
-    total = sum(len(chosen) + len(rejected) for _, chosen, rejected in tokens)
-    kept = sum(min(left, len(side)) for left, (_, *sides) in zip(room, tokens, strict=True) for side in sides)
+    room = [max(0, max_length - len(x.prompt)) for x in tokens]
+    total = sum(len(side) for x in tokens for side in x.completions)
+    kept = sum(min(left, len(side)) for left, x in zip(room, tokens, strict=True) for side in x.completions)
     lost = f"{(total - kept) / total:.1%} of all completion tokens"
     if not all(room):
         full = [number for number, left in enumerate(room, start=1) if not left]
         summary = (
             f"{source}: {len(full)} of {len(tokens)} prompts fill --max-length {max_length} alone (row {full[0]} has "
-            f"{len(tokens[full[0] - 1][0])} tokens), and {lost} would be lost"
+            f"{len(tokens[full[0] - 1].prompt)} tokens), and {lost} would be lost"
         )
         if not drop or len(full) == len(tokens):
             raise ValueError(f"{summary}: raise --max-length, or leave such rows out with --drop-invalid")
-        warnings.warn(f"{summary}; these rows are left out", stacklevel=3)
+        warnings.warn(f"{summary}; these rows are left out", stacklevel=4)
     elif kept < total:
-        warnings.warn(f"{source}: --max-length {max_length} cuts off {lost}", stacklevel=3)
+        warnings.warn(f"{source}: --max-length {max_length} cuts off {lost}", stacklevel=4)
     return [
-        (prompt, chosen[:left], rejected[:left])
-        for left, (prompt, chosen, rejected) in zip(room, tokens, strict=True)
+        TokenRow(x.row, x.prompt, [side[:left] for side in x.completions])
+        for left, x in zip(room, tokens, strict=True)
         if left
     ]

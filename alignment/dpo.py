@@ -2,65 +2,32 @@
 
 A policy π has an implicit reward β log π(y|x)/π_ref(y|x); DPO fits the Bradley–Terry model of these rewards to the
 preferences. With all pairs weighted by their probabilities its optimum is that of KL-regularised reinforcement
-learning, π* ∝ π_ref exp(R/β) (R. Rafailov et al., *Direct preference optimization*, 2023, eq. 4 and 7). IPO and SimPO
-have other optima: IPO regresses the log-ratio on the probability of being preferred, SimPO has no reference.
+learning, π* ∝ π_ref exp(R/β) (R. Rafailov et al., *Direct preference optimization*, 2023, eq. 4 and 7). Most other
+losses have other optima: IPO regresses the log-ratio on the probability of being preferred; SimPO, CPO and ORPO have no
+reference; APO-zero saturates, so that where labels disagree it goes to what the majority prefers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aligngym.core import objectives
-from aligngym.core.gradient_agent import EpochOrder, GradientAgent
+from aligngym.alignment.dataset_agent import DatasetAgent, Source
+from aligngym.alignment.preference_losses import PairScores
+from aligngym.alignment.preference_objective import PreferenceBatch, PreferenceObjective
 from aligngym.core.policy import Policy
 from aligngym.core.schedules import Schedule
 from aligngym.core.statistics import wilson_interval
-from aligngym.core.trajectories import Preferences, Rows
+from aligngym.core.trajectories import Preferences
 
 
-@dataclass(frozen=True)
-class LossKind:
-    """A preference loss, whether it compares with a reference, and which options it takes."""
-
-    function: objectives.PreferenceLoss
-    uses_reference: bool = True
-    options: tuple[str, ...] = ()
-
-
-LOSSES: Mapping[str, LossKind] = {
-    "sigmoid": LossKind(objectives.sigmoid_preference, options=("label_smoothing",)),
-    "robust": LossKind(objectives.robust_preference, options=("label_smoothing",)),
-    "ipo": LossKind(objectives.ipo_preference),
-    "hinge": LossKind(objectives.hinge_preference),
-    "simpo": LossKind(objectives.simpo_preference, False, ("label_smoothing", "target_margin")),
-}
-
-
-class PreferenceSource(Protocol):
-    """Anything that gives the preferences of the rows it is asked for, such as :class:`Preferences` itself."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Tensor) -> Preferences: ...
-
-
-@dataclass
-class PreferenceBatch(Rows):
-    """Preferences, and which rows of the dataset they are: ``[B]`` integers."""
-
-    preferences: Preferences
-    rows: Tensor
-
-
-class DPO(GradientAgent[PreferenceBatch]):
+class DPO(PreferenceObjective, DatasetAgent[PreferenceBatch]):
     """Train a policy on preferences without a reward model.
 
-    With h = log π(y⁺)/π_ref(y⁺) − log π(y⁻)/π_ref(y⁻), summed over a trajectory's actions, the losses are
+    With r = log π(y)/π_ref(y), summed over a trajectory's actions, its mark ⁺ for the chosen and ⁻ for the rejected
+    side, h = r⁺ − r⁻, and log p = log π(y)/|y| without reference, the losses are
 
     ===========  ==============================================  ================================================
     ``loss``     per pair                                        against trl 1.16
@@ -69,15 +36,24 @@ class DPO(GradientAgent[PreferenceBatch]):
     robust       the same with −ε, divided by 1−2ε               the same
     ipo          (h − 1/(2β))²                                   trl divides log-ratios by lengths; the paper not
     hinge        max(0, 1 − βh)                                  the same
-    simpo        −log σ(βm − γ), m the difference of the means   trl's CPO trainer with its SimPO loss
-                 of log π over tokens, without reference
+    simpo        −log σ(β(log p⁺ − log p⁻) − γ)                  trl's CPO trainer with its SimPO loss
+    cpo          −log σ(β(log π⁺ − log π⁻)) − log p⁺             trl averages log p⁺ over the tokens of a batch
+    orpo         −β log σ(log odds p⁺ − log odds p⁻) − log p⁺    trl's log p⁺ covers the prompt as well
+    apo_zero     σ(−βr⁺) + σ(βr⁻)                                the same
+    apo_down     σ(βr⁺) + σ(−βh)                                 the same
+    bco_pair     −log σ(βr⁺) − log σ(−βr⁻)                       the same: without the paper's running shift
+    nca_pair     −log σ(βr⁺) − ½ log σ(−βr⁺) − ½ log σ(−βr⁻)     the same
+    nll          −log p⁺                                         trl's ``sft`` averages over the tokens of a batch
     ===========  ==============================================  ================================================
+
+    A mix is a sum with weights: ``{"sigmoid": 1, "nll": 1}`` is RPO, and MPO is
+    ``{"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1}``.
 
     Args:
         policy: what is trained; it names its own reference.
         preferences: pairs to learn from.
-        beta: strength of the regularisation towards the reference, in units of reward per nat.
-        loss: one of the names above.
+        beta: strength of the regularisation towards the reference, in units of reward per nat; ORPO's λ.
+        loss: one of the names above, or a mix: a mapping, or text such as ``"sigmoid:0.8,nll:0.2"``.
         label_smoothing: ε, the share of labels believed to be wrong, in [0, 1/2).
         target_margin: SimPO's γ.
         batch_size: pairs per optimiser step, on all devices together.
@@ -91,127 +67,31 @@ class DPO(GradientAgent[PreferenceBatch]):
         ValueError: for an unknown loss, an option the loss would ignore, or a number out of its range.
     """
 
-    headline = ("loss", "rewards/accuracy", "rewards/margin")
+    noun = "preferences"
+    sides = 2
 
     def __init__(
         self,
         policy: Policy,
-        preferences: PreferenceSource,
+        preferences: Source[Preferences],
         *,
-        beta: float = 0.1,
-        loss: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        target_margin: float = 0.0,
         batch_size: int = 8,
         learning_rate: float | Schedule = 2e-4,
-        micro_batch_size: int | None = None,
-        max_grad_norm: float | None = 1.0,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
-        if not beta > 0:
-            raise ValueError(f"beta must be positive, not {beta}")
-        if not 0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is a share of flipped labels, in [0, 0.5), not {label_smoothing}")
-        given = {"label_smoothing": label_smoothing, "target_margin": target_margin}
-        for name, value in given.items():
-            if value and name not in LOSSES[loss].options:
-                raise ValueError(f"{name}={value} would be ignored: the loss {loss!r} has no such option")
-        if len(preferences) == 0:
-            raise ValueError("there are no preferences to learn from")
-        super().__init__(
-            policy,
-            learning_rate=learning_rate,
-            micro_batch_size=micro_batch_size,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
-            **options,
-        )
-        if batch_size % self.accelerator.num_processes:
-            raise ValueError(f"batch_size={batch_size} does not divide by {self.accelerator.num_processes} devices")
-        self.kind = LOSSES[loss]
-        self.loss_options = {name: given[name] for name in self.kind.options}
-        self.preferences, self.beta = preferences, beta
-        self.order = EpochOrder(len(preferences), batch_size, seed)
-        # log π_ref of both answers of every pair, [2, N], computed when a pair is first seen.
-        self.reference = torch.full((2, len(preferences)), torch.nan)
-
-    def learn(self, iterations: int | None = None, *, epochs: float | None = None, **options: Any) -> Self:
-        """Go over the preferences ``epochs`` times, or do ``iterations`` steps; see :meth:`Agent.learn`.
-
-        Raises:
-            ValueError: unless exactly one of the two is given.
-        """
-        if (iterations is None) == (epochs is None):
-            raise ValueError("say how long to learn: either iterations or epochs")
-        if epochs is not None:
-            iterations = round(epochs * self.order.steps_per_epoch)
-        super().learn(iterations, **options)
-        return self
+        super().__init__(policy, preferences, batch_size=batch_size, learning_rate=learning_rate, seed=seed, **options)
 
     def next_batch(self) -> PreferenceBatch:
         """Return this process's pairs of the current step."""
-        rows = self.order(self.iteration)
-        processes = self.accelerator.num_processes
-        if processes > 1:
-            # Every process gets as many pairs; what does not divide waits for the next epoch's order.
-            rows = rows[: max(len(rows) // processes, 1) * processes][self.accelerator.process_index :: processes]
-        return PreferenceBatch(self.preferences[rows], rows)
+        rows = self.next_rows()
+        return PreferenceBatch(self.data[rows], rows)
 
-    def weight(self, batch: PreferenceBatch) -> float:
-        """Return the sum of the pairs' weights."""
-        return float(batch.preferences.pair_weights.sum())
-
-    def losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``[B]`` weighted losses, and the implicit rewards of both sides."""
-        pairs = batch.preferences
-        scores = self.scores(pairs, self.cached_reference(batch))
-        chosen, rejected = self.beta * scores.detach()
-        metrics = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margin": chosen - rejected,
-            "rewards/accuracy": (chosen > rejected).float(),
-        }
-        weights = pairs.pair_weights
-        weighted = {name: values * weights for name, values in metrics.items()}
-        return self.preference_losses(scores) * weights, weighted
-
-    def preference_losses(self, scores: Tensor) -> Tensor:
-        """Return ``[B]`` losses of pairs with ``[2, B]`` scores; what a new preference algorithm overrides."""
-        chosen, rejected = scores
-        return self.kind.function(chosen - rejected, beta=self.beta, **self.loss_options)
-
-    def scores(self, pairs: Preferences, reference: Tensor | None) -> Tensor:
-        """Return ``[2, B]``, what the loss compares: log-ratios to the reference, or mean log-probabilities."""
-        log_probs = self.model(rows := pairs.both()).log_probs.sum(dim=1).view(2, -1)
-        return log_probs / rows.lengths.view(2, -1) if reference is None else log_probs - reference
-
-    def reference_log_probs(self, pairs: Preferences) -> Tensor | None:
-        """Return ``[2, B]`` log π_ref of the chosen and the rejected trajectories; ``None`` if the loss has none."""
-        if not self.kind.uses_reference:
-            return None
-        return self.policy.reference_log_probs(pairs.both()).sum(dim=1).view(2, -1)
-
-    def cached_reference(self, batch: PreferenceBatch) -> Tensor | None:
-        """Return :meth:`reference_log_probs` of a batch, computed only the first time its pairs are seen."""
-        where = batch.rows.cpu()
-        known = self.reference[:, where]
-        if self.kind.uses_reference and not known.isnan().any():
-            return known.to(batch.rows.device)
-        reference = self.reference_log_probs(batch.preferences)
-        if reference is not None:
-            self.reference[:, where] = reference.float().cpu()
-        return reference
-
-    def act(self, observations: Any, *, greedy: bool = True) -> Any:
-        """Let the policy act."""
-        return self.policy.act(observations, greedy=greedy)[0]
+    def reference_of(self, batch: PreferenceBatch) -> Tensor:
+        return self.cached_reference(batch.preferences, batch.rows)
 
     @torch.no_grad()
-    def evaluate(self, preferences: PreferenceSource) -> dict[str, float]:
+    def evaluate(self, preferences: Source[Preferences]) -> dict[str, float]:
         """Judge the policy's implicit rewards on preferences it was not trained on, and its reference's beside them.
 
         Returns:
@@ -224,26 +104,23 @@ class DPO(GradientAgent[PreferenceBatch]):
         collected = []
         for rows in torch.arange(len(preferences)).split(self.micro_batch_size or self.order.batch_size):
             pairs = preferences[rows].to(self.accelerator.device)
-            reference = self.policy.reference_log_probs(both := pairs.both())
-            lengths = both.lengths.view(2, -1)
-            sums = [log_probs.sum(dim=1).view(2, -1) for log_probs in (self.model(both).log_probs, reference)]
-            collected.append(torch.stack([*sums, lengths, pairs.pair_weights.expand(2, -1)]))
+            reference = self.reference_log_probs(pairs)
+            scores = self.scores(pairs, reference)
+            weights = pairs.pair_weights.expand(2, -1)
+            collected.append(torch.stack([scores.log_probs, reference, scores.lengths, weights]))
         policy, reference, lengths, (weights, _) = torch.cat(collected, dim=2)
+        own, before = (PairScores(x, lengths, reference, self.compares) for x in (policy, reference))
+        judged = self._judge(before, weights)
+        return self._judge(own, weights) | {f"reference_{name}": value for name, value in judged.items()}
 
-        if self.kind.uses_reference:
-            own, before = policy - reference, torch.zeros_like(reference)
-        else:
-            own, before = policy / lengths, reference / lengths
-        judged = self._judge(own, policy, weights)
-        return judged | {f"reference_{name}": x for name, x in self._judge(before, reference, weights).items()}
-
-    def _judge(self, scores: Tensor, log_probs: Tensor, weights: Tensor) -> dict[str, float]:
-        """Return the metrics of :meth:`evaluate` from ``[2, N]`` scores and log-probabilities, and ``[N]`` weights."""
+    def _judge(self, scores: PairScores, weights: Tensor) -> dict[str, float]:
+        """Return the metrics of :meth:`evaluate` of N pairs with ``[N]`` weights."""
 
         def mean(values: Tensor) -> float:
             return float((values.double() * weights).sum() / weights.double().sum())
 
-        margin = scores[0] - scores[1]
+        chosen, rejected = scores
+        margin = chosen - rejected
         accuracy = min(mean((margin.sign() + 1) / 2), 1.0)
         low, high = wilson_interval(accuracy * len(margin), len(margin))
         return {
@@ -252,22 +129,6 @@ class DPO(GradientAgent[PreferenceBatch]):
             "accuracy": accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
-            "chosen": mean(log_probs[0]),
-            "rejected": mean(log_probs[1]),
+            "chosen": mean(scores.log_probs[0]),
+            "rejected": mean(scores.log_probs[1]),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue, the cached reference included."""
-        return {**super().state_dict(), "reference": self.reference}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: if it belongs to another number of pairs or another policy.
-        """
-        if state["reference"].shape != self.reference.shape:
-            saved, own = state["reference"].shape[1], len(self.preferences)
-            raise ValueError(f"the saved run had {saved} pairs, and this one has {own}: did the data change?")
-        super().load_state_dict(state)
-        self.reference = state["reference"]

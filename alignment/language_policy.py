@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aligngym.alignment.data import pad_tokens
+from aligngym.alignment.adapters import merged_adapter, using_adapter
 from aligngym.alignment.fused_lora import fuse_lora
-from aligngym.alignment.log_probs import packed_log_probs, padded_log_probs
+from aligngym.alignment.generation import Decoding, complete
+from aligngym.alignment.log_probs import packed_log_probs, packed_values, padded_log_probs, padded_values
 from aligngym.alignment.models import load_model, use_shared_prompt_attention
 from aligngym.core.policy import Evaluation, Policy
 from aligngym.core.randomness import seeded
-from aligngym.core.trajectories import PADDING, Trajectories
+from aligngym.core.trajectories import Trajectories
+
+#: What the packed and the padded path compute alike.
+Computed = TypeVar("Computed")
 
 REFERENCE_ADAPTER = "reference"
+CRITIC_ADAPTER = "critic"
 
 
 def default_lora(r: int = 16, dropout: float = 0.0) -> LoraConfig:
@@ -39,17 +46,40 @@ class LanguagePolicy(Policy):
     The reference is the same model with the adapter off; or, for an adapter that came trained, a frozen copy of it.
     A batch is :class:`Trajectories` with the prompts' tokens as observations and the completions' as actions.
 
+    A critic is another adapter on the same weights, and a linear head on its last hidden states; so actor, critic and
+    reference (and a reward model: :meth:`RewardModel.sharing`) need the memory of one model.
+
     Args:
         model: a transformers causal language model wrapped by peft, with its trainable adapter active.
         tokenizer: its tokenizer.
+        critic: whether to add a critic, for PPO. Its values are 0 before training.
+        temperature: of the policy itself, π = softmax(logits / temperature): it acts with it, and its log-probabilities
+            are judged and trained with it, so the two cannot differ.
         packed: whether log-probabilities may take the packed path. It is compared with the padded one on a few tokens
             here, and not used for a model where they differ.
+
+    Raises:
+        ValueError: for a temperature that is not positive.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, packed: bool = True) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        critic: bool = False,
+        temperature: float = 1.0,
+        packed: bool = True,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature is positive, not {temperature}: for the most probable token, be greedy")
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.temperature = temperature
+        self.value_head: nn.Linear | None = None
+        if critic:
+            self._add_critic()
         fuse_lora(model)
         self.packed = packed and self._packing_agrees()
 
@@ -62,8 +92,8 @@ class LanguagePolicy(Policy):
         adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         seed: int = 0,
-        packed: bool = True,
         trust_remote_code: bool = False,
+        **options: Any,
     ) -> Self:
         """Load a model and put an adapter on it: a new one, or one that was trained before.
 
@@ -73,8 +103,8 @@ class LanguagePolicy(Policy):
             adapter: a folder in peft's format to continue from, instead of a new adapter.
             dtype: of the frozen weights; the adapter's own are float32. ``"auto"``: what the device is fast at.
             seed: of the new adapter's weights.
-            packed: see the class.
             trust_remote_code: whether to run code that comes with the model.
+            options: of the class: ``critic``, ``temperature``, ``packed``.
 
         Raises:
             FileNotFoundError: if a path does not exist.
@@ -93,7 +123,25 @@ class LanguagePolicy(Policy):
             wrapped.load_adapter(adapter, REFERENCE_ADAPTER, is_trainable=False)
         # Adapters remember what they belong to; a cache folder would mean nothing elsewhere.
         wrapped.peft_config["default"].base_model_name_or_path = str(name)
-        return cls(wrapped, tokenizer, packed=packed)
+        with seeded(seed, 1):
+            return cls(wrapped, tokenizer, **options)
+
+    def _add_critic(self) -> None:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.add_adapter(CRITIC_ADAPTER, copy.deepcopy(self.model.peft_config["default"]))
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for name, parameter in self.model.named_parameters():
+            if f".{CRITIC_ADAPTER}." in name:
+                parameter.requires_grad_(True)
+        size = self.model.get_input_embeddings().weight.shape[1]
+        self.value_head = nn.Linear(size, 1, device=self.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def has_critic(self) -> bool:
+        return self.value_head is not None
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -111,6 +159,11 @@ class LanguagePolicy(Policy):
         return cast(torch.dtype, self.causal_model.dtype)
 
     @property
+    def context_length(self) -> int | None:
+        """How many tokens the model reads at most; ``None`` if it has no limit."""
+        return getattr(self.causal_model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def end_tokens(self) -> list[int]:
         """The tokens that end a completion, by the model's generation settings and the tokenizer."""
         ends = self.model.generation_config.eos_token_id
@@ -118,72 +171,93 @@ class LanguagePolicy(Policy):
         return sorted({end for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
 
     def forward(self, trajectories: Trajectories, *, entropy: bool = False) -> Evaluation:
-        causal = self.causal_model
         with self._computing():
-            # Entropies need all logits anyway, and a trained head needs gradients that the packed path leaves out.
-            if self.packed and not entropy and not causal.get_output_embeddings().weight.requires_grad:
-                try:
-                    return Evaluation(packed_log_probs(causal, trajectories))
-                except NotImplementedError as error:
-                    warnings.warn(f"{error}; using padded rows for such batches, which is slower", stacklevel=2)
-            return Evaluation(*padded_log_probs(causal, trajectories, entropy=entropy))
+            log_probs, entropies = self._log_probs(trajectories, entropy)
+            return Evaluation(log_probs, entropies, self._values(trajectories) if self.has_critic else None)
 
     @torch.no_grad()
     def reference_log_probs(self, trajectories: Trajectories) -> Tensor:
-        with self._as_reference():
-            return self(trajectories).log_probs
+        with self._as_reference(), self._computing():
+            return self._log_probs(trajectories)[0]
+
+    def _log_probs(self, trajectories: Trajectories, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        causal, temperature = self.causal_model, self.temperature
+        head = causal.get_output_embeddings()
+        # Entropies need all logits anyway, and a head that is trained needs gradients that the packed path leaves out.
+        if not entropy and type(head) is nn.Linear and not head.weight.requires_grad:
+            return self._packed_or_padded(
+                lambda: (packed_log_probs(causal, trajectories, temperature), None),
+                lambda: padded_log_probs(causal, trajectories, temperature=temperature),
+            )
+        return padded_log_probs(causal, trajectories, entropy=entropy, temperature=temperature)
+
+    def _values(self, trajectories: Trajectories) -> Tensor:
+        causal, head = self.causal_model, self.value_head
+        assert head is not None, "a policy without a critic has no values"
+        with self.using_adapter(CRITIC_ADAPTER):
+            return self._packed_or_padded(
+                lambda: packed_values(causal, head, trajectories), lambda: padded_values(causal, head, trajectories)
+            )
+
+    def _packed_or_padded(self, packed: Callable[[], Computed], padded: Callable[[], Computed]) -> Computed:
+        if self.packed:
+            try:
+                return packed()
+            except NotImplementedError as error:
+                warnings.warn(f"{error}; using padded rows for such batches, which is slower", stacklevel=4)
+        return padded()
 
     @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Tensor],
         *,
-        max_new_tokens: int = 128,
-        greedy: bool = False,
+        completions: int = 1,
         seed: int = 0,
         reference: bool = False,
+        rows_at_once: int | None = None,
+        **decoding: Any,
     ) -> Trajectories:
         """Let the model complete prompts, until its end-of-sequence token or ``max_new_tokens``.
 
         Args:
-            prompts: B prompts, token ids of any lengths.
-            max_new_tokens: T, at most so many tokens a completion.
-            greedy: the most probable token each time, instead of a sample at temperature 1.
+            prompts: N prompts, token ids of any lengths.
+            completions: k, of every prompt; its own tokens are computed once for all of them.
             seed: of the samples.
             reference: whether the reference writes, instead of the policy.
+            rows_at_once: completions written together, which bounds the memory for their caches; the samples do not
+                depend on it.
+            decoding: of :class:`~aligngym.alignment.generation.Decoding`: ``max_new_tokens``, ``greedy``, …
 
         Returns:
-            B rows; ``mask`` covers the end-of-sequence token, ``terminated`` marks it, and ``truncated`` marks the
-            last token of a completion that did not reach it.
+            N·k rows as :func:`~aligngym.alignment.generation.complete` describes them.
         """
-        ends = self.end_tokens
-        observations = pad_tokens(list(prompts), side="left").to(self.device)
+        how = Decoding(**decoding)
+        generator = torch.Generator().manual_seed(seed)
+        # (0, 1]: at 0 even a token without probability could be drawn.
+        uniforms = 1 - torch.rand(len(prompts) * completions, how.max_new_tokens, generator=generator)
+        at_once = max(1, (rows_at_once or len(uniforms)) // completions)
         was_training = self.training
         self.eval()
-        with (
-            self._computing(),
-            self._as_reference() if reference else contextlib.nullcontext(),
-            self._without_generation_settings() as causal,
-            seeded(seed),
-        ):
-            output = causal.generate(
-                input_ids=observations.clamp(min=0),
-                attention_mask=(observations != PADDING).long(),
-                max_new_tokens=max_new_tokens,
-                do_sample=not greedy,
-                # transformers' own default is 50.
-                **({} if greedy else {"top_k": 0}),
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0,
-            )
+        causal = self.causal_model
+        with self._computing(), self._as_reference() if reference else merged_adapter(causal):
+            parts = [
+                complete(
+                    causal,
+                    self.tokenizer,
+                    prompts[start : start + at_once],
+                    completions,
+                    how,
+                    end_tokens=self.end_tokens,
+                    uniforms=uniforms[start * completions : (start + at_once) * completions],
+                    temperature=self.temperature,
+                )
+                for start in range(0, max(1, len(prompts)), at_once)
+            ]
         self.train(was_training)
-        actions = output[:, observations.shape[1] :]
-        is_end = torch.isin(actions, torch.tensor(ends, device=self.device))
-        mask = (is_end.cumsum(1) - is_end.long()) == 0
-        last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-        return Trajectories(
-            observations, actions.where(mask, PADDING), mask, terminated=last & is_end, truncated=last & ~is_end
-        )
+        rows = Trajectories.concatenate(parts)
+        rows.group = torch.arange(len(prompts), device=self.device).repeat_interleave(completions)
+        return rows
 
     def act(
         self, observations: Sequence[Tensor], *, greedy: bool = False, generator: torch.Generator | None = None
@@ -212,30 +286,19 @@ class LanguagePolicy(Policy):
             yield
 
     @contextlib.contextmanager
-    def _without_generation_settings(self) -> Iterator[Any]:
-        """Set the model's own temperature, penalties, … aside, with which it writes with other probabilities than π."""
-        causal = self.causal_model
-        own, causal.generation_config = causal.generation_config, GenerationConfig()
-        try:
-            yield causal
-        finally:
-            causal.generation_config = own
-
-    @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:
         was_training = self.training
         self.eval()
-        try:
-            if REFERENCE_ADAPTER in self.model.peft_config:
-                self.model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-                yield
-            else:
-                with self.model.disable_adapter():
-                    yield
-        finally:
-            if REFERENCE_ADAPTER in self.model.peft_config:
-                self.model.set_adapter("default")
-            self.train(was_training)
+        with self.using_adapter(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
+            yield
+        self.train(was_training)
+
+    def using_adapter(self, name: str | None) -> AbstractContextManager[None]:
+        """Return a context in which another of the model's adapters is at work, or none.
+
+        Which parameters require gradients does not change.
+        """
+        return using_adapter(self.model, name)
 
     @torch.no_grad()
     def _packing_agrees(self) -> bool:

@@ -234,14 +234,8 @@ class TokenLogProbs(torch.autograd.Function):
         return jacobian * gradients[0][:, None].to(jacobian.dtype), None, None, None
 
 
-def packed_log_probs(model: PreTrainedModel, trajectories: Trajectories) -> Tensor:
-    """Return ``[B, T]`` log π(token) by the packed path, 0 where ``mask`` is false.
-
-    Args:
-        model: a transformers causal language model that runs :data:`SHARED_PROMPT_ATTENTION`.
-        trajectories: prompts, completions and the mask of the tokens that the policy wrote.
-    """
-    packing = Packing.of(trajectories)
+def packed_hidden_states(model: PreTrainedModel, packing: Packing) -> Tensor:
+    """Return ``[M, H]``, the model's last hidden state at the places that predict the policy's tokens."""
     with sdpa_kernel(ATTENTION_KERNELS):
         hidden = model.base_model(
             input_ids=packing.input_ids,
@@ -251,13 +245,85 @@ def packed_log_probs(model: PreTrainedModel, trajectories: Trajectories) -> Tens
             use_cache=False,
             packing=packing,
         ).last_hidden_state[0]
+    return hidden[packing.predictors]
+
+
+def packed_log_probs(model: PreTrainedModel, trajectories: Trajectories, temperature: float = 1.0) -> Tensor:
+    """Return ``[B, T]`` log π(token) by the packed path, 0 where ``mask`` is false.
+
+    Args:
+        model: a transformers causal language model that runs :data:`SHARED_PROMPT_ATTENTION`.
+        trajectories: prompts, completions and the mask of the tokens that the policy wrote.
+        temperature: what logits are divided by.
+    """
+    packing = Packing.of(trajectories)
     head = cast(nn.Linear, model.get_output_embeddings())
-    log_probs = TokenLogProbs.apply(hidden[packing.predictors], head.weight, head.bias, packing.targets)
-    return packing.scatter(log_probs, trajectories.mask.shape)
+    # Logits are linear in the hidden state, which is far smaller than they are.
+    hidden = packed_hidden_states(model, packing) / temperature
+    bias = None if head.bias is None else head.bias / temperature
+    return packing.scatter(TokenLogProbs.apply(hidden, head.weight, bias, packing.targets), trajectories.mask.shape)
+
+
+def packed_values(model: PreTrainedModel, head: nn.Module, trajectories: Trajectories) -> Tensor:
+    """Return ``[B, T]``, what ``head`` makes of the hidden state before each token, by the packed path; 0 elsewhere."""
+    packing = Packing.of(trajectories)
+    values = head(packed_hidden_states(model, packing).float())[:, 0]
+    return packing.scatter(values, trajectories.mask.shape)
+
+
+@dataclass
+class PaddedRows:
+    """A batch of trajectories as one padded row for each.
+
+    Attributes:
+        input_ids: ``[B, L]``.
+        attends: ``[B, L]`` booleans, false on padding.
+        before: ``[B, T]``, for each column of the actions the place whose hidden state predicts it.
+    """
+
+    input_ids: Tensor
+    attends: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, padding_side: str = "left") -> PaddedRows:
+        """Lay the rows out, with the padding on one side."""
+        device = trajectories.actions.device
+        rows = tokens_of(trajectories)
+        sequences = [torch.cat(row) for row in rows]
+        longest = max(map(len, sequences))
+        input_ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+        attends = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
+        first = torch.empty(len(rows), 1, dtype=torch.long, device=device)
+        for row, ((prompt, _), sequence) in enumerate(zip(rows, sequences, strict=True)):
+            start = longest - len(sequence) if padding_side == "left" else 0
+            input_ids[row, start : start + len(sequence)] = sequence
+            attends[row, start : start + len(sequence)] = True
+            first[row] = start + len(prompt)
+        columns = torch.arange(trajectories.mask.shape[1], device=device)
+        return cls(input_ids, attends, (first + columns - 1).clamp(max=longest - 1))
+
+    def run(self, model: nn.Module) -> Any:
+        """Return what a transformers model says about the rows."""
+        return model(
+            input_ids=self.input_ids,
+            attention_mask=self.attends,
+            position_ids=(self.attends.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+
+    def predicting(self, outputs: Tensor) -> Tensor:
+        """Return ``[B, T, …]``, the outputs ``[B, L, …]`` that stand one place before each column's token."""
+        return outputs.gather(1, self.before[..., None].expand(-1, -1, outputs.shape[-1]))
 
 
 def padded_log_probs(
-    model: PreTrainedModel, trajectories: Trajectories, *, entropy: bool = False, padding_side: str = "left"
+    model: PreTrainedModel,
+    trajectories: Trajectories,
+    *,
+    entropy: bool = False,
+    padding_side: str = "left",
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``[B, T]`` log π(token), and entropies if asked, one padded row per completion and all logits at once.
 
@@ -266,30 +332,21 @@ def padded_log_probs(
         trajectories: prompts, completions and the mask of the tokens that the policy wrote.
         entropy: whether to compute the entropy of each prediction as well.
         padding_side: where the padding of the rows goes, "left" or "right"; the result does not depend on it.
+        temperature: what logits are divided by.
     """
-    device = trajectories.actions.device
-    rows = tokens_of(trajectories)
-    sequences = [torch.cat(row) for row in rows]
-    longest = max(map(len, sequences))
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    attends = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
-    first = torch.empty(len(rows), 1, dtype=torch.long, device=device)
-    for row, ((prompt, _), sequence) in enumerate(zip(rows, sequences, strict=True)):
-        start = longest - len(sequence) if padding_side == "left" else 0
-        input_ids[row, start : start + len(sequence)] = sequence
-        attends[row, start : start + len(sequence)] = True
-        first[row] = start + len(prompt)
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attends,
-        position_ids=(attends.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).logits
+    rows = PaddedRows.of(trajectories, padding_side)
     mask = trajectories.mask
-    # The logits that predict column t of the actions stand one place before that token.
-    before = (first + torch.arange(mask.shape[1], device=device) - 1).clamp(max=longest - 1)
-    log_table = logits.gather(1, before[..., None].expand(-1, -1, logits.shape[-1])).float().log_softmax(dim=-1)
+    log_table = (rows.predicting(rows.run(model).logits).float() / temperature).log_softmax(dim=-1)
     log_probs = log_table.gather(-1, trajectories.actions.where(mask, 0)[..., None])[..., 0].where(mask, 0.0)
     if not entropy:
         return log_probs, None
     return log_probs, -(log_table.exp() * log_table).sum(dim=-1).where(mask, 0.0)
+
+
+def padded_values(
+    model: PreTrainedModel, head: nn.Module, trajectories: Trajectories, padding_side: str = "left"
+) -> Tensor:
+    """Return ``[B, T]``, what ``head`` makes of the hidden state before each token, by padded rows; 0 elsewhere."""
+    rows = PaddedRows.of(trajectories, padding_side)
+    hidden = rows.predicting(rows.run(model.base_model).last_hidden_state)
+    return head(hidden.float())[..., 0].where(trajectories.mask, 0.0)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import collections.abc
-import difflib
 import inspect
 import re
 import sys
 import types
 import typing
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from aligngym.commands.options import closest as closest
 from aligngym.core.schedules import Constant, Decay, Power, Schedule
 
 #: What a value may be, in the order in which a text is tried, and how an error says so.
@@ -111,12 +111,6 @@ def constructor_options(
         if not passes_on:
             break
     return list(found.values())
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return ``": did you mean …?"`` if one of the known names resembles this one, otherwise nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {close[0]}?" if close else ""
 
 
 def schedule_of(value: Any, iterations: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""``aligngym evaluate``: how good the policies of finished runs are, each and together."""
+"""``aligngym evaluate``: how good the policies of finished runs are, each and together, and language models."""
 
 from __future__ import annotations
 
@@ -6,23 +6,49 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from aligngym.commands import evaluate_language_model
 from aligngym.commands.options import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.description = (
-        "Play episodes with the greedy policies of finished runs, and compare them with the exact optimum where the "
-        "environment shows its model. Several runs of one algorithm, with different seeds, are summed up by their "
-        "interquartile mean and its bootstrap interval."
+        "Runs of aligngym train: play episodes with the greedy policies of finished runs, and compare them with the "
+        "exact optimum where the environment shows its model. Several runs of one algorithm, with different seeds, are "
+        "summed up by their interquartile mean and its bootstrap interval. Language models: judge completions by "
+        "rewards, beside those of the reference (--prompts), or ask multiple-choice questions (--choices)."
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder that aligngym train has written")
-    parser.add_argument("--episodes", type=int, default=100, metavar="N", help="of each run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the environments (default: %(default)s)")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        type=Path,
+        help="folder that aligngym train, or one with an adapter, has written",
+    )
+    parser.add_argument(
+        "--episodes", type=int, default=100, metavar="N", help="of each run in an environment (default: %(default)s)"
+    )
+    evaluate_language_model.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate every run, print a table, and return 0.
+    """Evaluate, print a table, and return 0.
+
+    Raises:
+        FileNotFoundError: if a folder holds no finished run.
+        ValueError: for a bad option, or a run that cannot be loaded.
+    """
+    if arguments.seed < 0:
+        raise ValueError(f"--seed is at least 0, not {arguments.seed}")
+    if evaluate_language_model.is_asked_for(arguments):
+        return evaluate_language_model.run(arguments)
+    if not arguments.runs:
+        raise ValueError("give the folder of a run, or a language model with --prompts FILE or --choices FILE")
+    return evaluate_runs(arguments)
+
+
+def evaluate_runs(arguments: argparse.Namespace) -> int:
+    """Play episodes with the policies of runs of ``aligngym train``.
 
     Raises:
         FileNotFoundError: if a folder holds no finished run.
@@ -30,8 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.episodes < 1:
         raise ValueError(f"--episodes is at least 1, not {arguments.episodes}")
-    if arguments.seed < 0:
-        raise ValueError(f"--seed is at least 0, not {arguments.seed}")
     from aligngym.commands.judgement import judge
     from aligngym.commands.run_folder import load_run
 

@@ -14,9 +14,15 @@ COMMANDS = {
     "solve": "solve a grid world exactly; print and draw its values and policy",
     "draw": "draw a grid world in the terminal and walk through it",
     "train": "train a policy in an environment, and compare it with the optimum",
-    "evaluate": "evaluate the policies of finished runs",
     "play": "watch a trained policy in the terminal, a window or a GIF",
+    "sft": "train a LoRA adapter on a language model from demonstrations",
     "dpo": "train a LoRA adapter on a language model from a preference file",
+    "kto": "train a LoRA adapter on a language model from thumbs up and down",
+    "reward": "train a reward model from preferences, or from labelled steps",
+    "ppo": "train a LoRA adapter with rewards and a critic: RLHF",
+    "grpo": "train a LoRA adapter with rewards of groups of completions",
+    "generate": "let a language model complete prompts",
+    "evaluate": "evaluate finished runs, policies and language models alike",
 }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,18 +47,32 @@ def read_options(options: type[Options], arguments: argparse.Namespace) -> Optio
         FileNotFoundError: if the YAML file does not exist.
         ValueError: if it is not a mapping, has an unknown name, or a value of the wrong type.
     """
-    described = _described(options)
     values: dict[str, Any] = {}
     if getattr(arguments, "config", None):
-        values = read_yaml(arguments.config)
-        for name, value in values.items():
-            if name not in described:
-                close = difflib.get_close_matches(str(name), described, n=1)
-                hint = f": did you mean {close[0]}?" if close else ""
-                raise ValueError(f"{arguments.config}: unknown option {name!r}{hint}")
-            values[name] = _checked(f"{arguments.config}: {name}", value, *described[name])
-    values |= {name: value for name, value in vars(arguments).items() if name in described}
+        values = _values_in(options, arguments.config)
+    values |= {name: value for name, value in vars(arguments).items() if name in _described(options)}
     return options(**values)
+
+
+def options_from_file(options: type[Options], path: str | Path) -> Options:
+    """Return the options that a YAML file has, with defaults for what it does not say; see :func:`read_options`."""
+    return options(**_values_in(options, path))
+
+
+def _values_in(options: type[Any], path: str | Path) -> dict[str, Any]:
+    described = _described(options)
+    values = read_yaml(path)
+    for name, value in values.items():
+        if name not in described:
+            raise ValueError(f"{path}: unknown option {name!r}{closest(str(name), described)}")
+        values[name] = _checked(f"{path}: {name}", value, *described[name])
+    return values
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return ``": did you mean …?"`` if one of the known names resembles this one, otherwise nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

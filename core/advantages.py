@@ -194,6 +194,9 @@ def _td_errors(
 def _group_means(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Return, for every row, the mean over its group and the group's size, both ``[B]``."""
     _, index, count = group.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(count), dtype=values.dtype, device=values.device).index_add_(0, index, values)
+    zeros = torch.zeros(len(count), dtype=values.dtype, device=values.device)
+    # Counted from the smallest of the group, so that the mean of equal values is exactly theirs.
+    smallest = zeros.scatter_reduce(0, index, values, "amin", include_self=False)[index]
+    sums = zeros.index_add(0, index, values - smallest)
     size = count[index].to(values.dtype)
-    return sums[index] / size, size
+    return smallest + sums[index] / size, size

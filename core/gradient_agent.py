@@ -79,6 +79,8 @@ class GradientAgent(Agent, Generic[Batch]):
         self.optimizer = optimizer if alone else self.accelerator.prepare(optimizer)
         # Where parameters are spread over devices, accelerate knows them as those of a model.
         self._clipped = trainable if alone else list(policy.parameters())
+        #: An iteration, and how many gradient steps have been taken in it.
+        self._taken = (0, 0)
 
     @abstractmethod
     def next_batch(self) -> Batch:
@@ -116,6 +118,7 @@ class GradientAgent(Agent, Generic[Batch]):
             for group in self.optimizer.param_groups:
                 group["lr"] = metrics["learning_rate"]
             self.optimizer.step()
+            self._taken = (self.iteration, self._steps_taken + 1)
         finally:
             # Also after an error: what it left behind would become part of the next step.
             self.optimizer.zero_grad()
@@ -129,7 +132,7 @@ class GradientAgent(Agent, Generic[Batch]):
         pieces = list(batch.split(self.micro_batch_size or len(batch)))
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
-            numbers = (self.seed, self.iteration, accelerator.process_index, number)
+            numbers = (self.seed, self.iteration, self._steps_taken, accelerator.process_index, number)
             with (
                 nullcontext() if self.policy.deterministic else seeded(*numbers),
                 nullcontext() if last else accelerator.no_sync(self.model),
@@ -141,6 +144,12 @@ class GradientAgent(Agent, Generic[Batch]):
                 sums[name] = sums.get(name, 0) + values.detach().sum() / weight
         totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
         return dict(zip(sums, totals.tolist(), strict=True))
+
+    @property
+    def _steps_taken(self) -> int:
+        """Gradient steps of this iteration so far, so that each has a dropout of its own."""
+        iteration, steps = self._taken
+        return steps if iteration == self.iteration else 0
 
     @property
     def is_main_process(self) -> bool:
@@ -155,6 +164,7 @@ class GradientAgent(Agent, Generic[Batch]):
         """Continue from what :meth:`state_dict` returned."""
         self.policy.load_trainable_state(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._taken = (0, 0)
 
 
 class EpochOrder:

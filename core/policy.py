@@ -69,14 +69,20 @@ class Policy(nn.Module, ABC):
     def next_values(self, trajectories: Trajectories, values: Tensor) -> Tensor:
         """Return ``[B, T]``, the critic's value of the state after each action.
 
-        Within an episode it is the value of the next step. At the end of a row or an episode nothing follows, and it is
-        0, unless the policy can look at what the environment showed last.
+        Within an episode it is the value of the next step at which the policy acts; what others do in between, such as
+        the tokens of an environment in a conversation, is stepped over. At the end of a row or an episode nothing
+        follows, and it is 0, unless the policy can look at what the environment showed last.
 
         Args:
             trajectories: the steps.
             values: ``[B, T]``, the critic's values of the states before each action.
         """
-        return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+        length = values.shape[1]
+        columns = torch.arange(length, device=values.device).where(trajectories.mask, length)
+        upcoming = columns.flip(1).cummin(dim=1).values.flip(1)
+        nothing = torch.zeros_like(values[:, :1])
+        following = torch.cat([upcoming[:, 1:], torch.full_like(upcoming[:, :1], length)], dim=1)
+        return torch.cat([values, nothing], dim=1).gather(1, following)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name; for an adapter, not the model below it."""

@@ -39,15 +39,19 @@ class MetricsFile(GeneralTracker):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
-    def forget_after(self, step: int) -> None:
-        """Drop lines of later steps, which a killed run wrote after its last checkpoint and will write again."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line cut short by the kill has no newline, and is not JSON.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+
+def forget_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps from a file of JSON lines, if there is one.
+
+    A killed run wrote them after its last checkpoint, and will write them again when it is resumed.
+    """
+    if not path.exists():
+        return
+    # What follows the last newline was cut short by the kill, and is not JSON. (A text may hold other line ends.)
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -76,7 +80,7 @@ class Tracking(Callback):
     def on_start(self, agent: Agent, iterations: int | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         metrics_file = MetricsFile("metrics", self.folder)
-        metrics_file.forget_after(agent.iteration)
+        forget_lines_after(metrics_file.path, agent.iteration)
         self.trackers: list[GeneralTracker] = [metrics_file]
         for name in self.names:
             kind = LOGGER_TYPE_TO_CLASS[name]

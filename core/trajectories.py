@@ -154,6 +154,8 @@ class Experience(Trajectories):
             trajectories, and go on saying so when steps are taken out of their trajectories.
         weights: ``[B, T]``, how much the loss of each action counts; their mean over actions is what normalises it.
         reference_log_probs: ``[B, T]``, log-probability of each action under the policy's reference.
+        sampler_log_probs: ``[B, T]``, log-probability of each action under what drew it, where ``log_probs`` are those
+            of the policy before its update and the two differ.
     """
 
     advantages: Tensor = _ABSENT
@@ -161,6 +163,7 @@ class Experience(Trajectories):
     shares: Tensor = _ABSENT
     weights: Tensor = _ABSENT
     reference_log_probs: Tensor = _ABSENT
+    sampler_log_probs: Tensor = _ABSENT
 
     @classmethod
     def of(cls, trajectories: Trajectories, **learned: Tensor | None) -> Self:

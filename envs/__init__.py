@@ -19,10 +19,12 @@ from aligngym.envs.jacks_car_rental import JacksCarRental
 from aligngym.envs.linear_quadratic import LinearQuadratic
 from aligngym.envs.numbered_states import NumberedStates
 from aligngym.envs.outcomes import Outcomes
+from aligngym.envs.prompt_env import PromptEnv
 from aligngym.envs.random_walk import RandomWalk
 from aligngym.envs.short_corridor import AliasedStates, ShortCorridor
 from aligngym.envs.tabular_env import TabularEnv
 from aligngym.envs.tabular_mdp import TabularMDP
+from aligngym.envs.text_grid_world import NumberedText, TextGridWorld, text_player
 from aligngym.envs.textbook_grids import CliffWalking, CornerGrid, DynaMaze, TwoSpecialStates, ZhaoGrid
 from aligngym.envs.vector_grid_world import VectorGridWorld
 from aligngym.envs.vector_tabular_env import VectorTabularEnv
@@ -50,13 +52,16 @@ __all__ = [
     "JacksCarRental",
     "LinearQuadratic",
     "NumberedStates",
+    "NumberedText",
     "Outcomes",
+    "PromptEnv",
     "RandomWalk",
     "ShortCorridor",
     "ShortcutMaze",
     "TabularEnv",
     "TabularMDP",
     "TensorTabularEnv",
+    "TextGridWorld",
     "TokenMDP",
     "TwoSpecialStates",
     "VectorGridWorld",
@@ -65,6 +70,7 @@ __all__ = [
     "ZhaoGrid",
     "bradley_terry_preferences",
     "enumerate_trajectories",
+    "text_player",
     "vectorize",
 ]
 
@@ -78,6 +84,7 @@ TIME_LIMITS: dict[type[gymnasium.Env], int] = {
     CornerGrid: 1000,
     GridWorld: 1000,
     ShortCorridor: 1000,
+    TextGridWorld: 1000,
     TwoSpecialStates: 1000,
     WindyGrid: 1000,
     ZhaoGrid: 1000,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from aligngym.agents import SoftValueIteration
-from aligngym.alignment.dpo import DPO, LOSSES
+from aligngym.alignment.dpo import DPO
+from aligngym.alignment.preference_losses import LOSSES, PairScores
 from aligngym.core import Decay, Preferences, TabularPolicy, Trajectories
 from aligngym.core.statistics import wilson_interval
 from aligngym.envs import GridWorld, TokenMDP, bradley_terry_preferences, enumerate_trajectories
@@ -250,7 +251,7 @@ def test_the_reference_is_asked_once_for_every_pair(tmp_path, loss, micro_batch_
     first = agent()
     first.learn(epochs=4, progress=False)
     assert first.iteration == 4 * 3
-    assert first.policy.rows == (0 if loss == "simpo" else 2 * 7)
+    assert first.policy.rows == (2 * 7 if LOSSES[loss].uses_reference else 0)
     first.save(tmp_path / "agent")
     resumed = agent().load(tmp_path / "agent")
     resumed.learn(epochs=1, progress=False)
@@ -285,15 +286,20 @@ def test_evaluation_by_hand(loss, weighted):
     # [4] of the table, [7] of the pairs' chosen and rejected actions.
     log_pi, log_reference = policy.logits[0].detach().log_softmax(0), policy.reference_logits[0]
     chosen, rejected = pairs.chosen.actions[:, 0], pairs.rejected.actions[:, 0]
-    score = log_pi - log_reference if loss != "simpo" else log_pi
-    reference_score = torch.zeros(4) if loss != "simpo" else log_reference
+    uses_reference = LOSSES[loss].uses_reference
+    score = log_pi - log_reference if uses_reference else log_pi
+    reference_score = torch.zeros(4) if uses_reference else log_reference
     h, reference_h = score[chosen] - score[rejected], reference_score[chosen] - reference_score[rejected]
     assert (h == 0).any()
+
+    def sides(values):
+        return torch.stack([values[chosen], values[rejected]])
+
     expected = {}
     for prefix, difference, log_probs in (("", h, log_pi), ("reference_", reference_h, log_reference)):
         wins = (difference > 0).float() + (difference == 0).float() / 2
         means = {
-            "loss": LOSSES[loss].function(difference, beta=0.3),
+            "loss": LOSSES[loss](PairScores(sides(log_probs), torch.ones(2, 7), sides(log_reference)), beta=0.3),
             "margin": 0.3 * difference,
             "accuracy": wins,
             "chosen": log_probs[chosen],

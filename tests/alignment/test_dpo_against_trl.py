@@ -1,17 +1,24 @@
 """Loss, gradient and metrics of one batch, beside those of trl's trainers with the same weights."""
 
+import os
 from functools import partial
+
+# trl keeps these trainers where it warns of changes to come.
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import datasets
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from aligngym.alignment.dpo import DPO
+from aligngym.alignment.kto import KTO
 from aligngym.alignment.language_policy import LanguagePolicy
+from aligngym.alignment.token_rows import Labelled, pad_tokens
 from aligngym.core import PADDING, Preferences, Trajectories
 
 UNEQUAL = [("ab", "cd", "xyz! and so on"), ("hello ", "you", "q"), ("1+1=", "2", "11, I think")]
@@ -20,7 +27,8 @@ EQUAL = [("ab", "cde", "xyz"), ("hello ", "you", "qqq"), ("1+1=", "two", "ten")]
 
 def trainer_of(kind, model, tokenizer, texts, config, peft_config=None):
     """Return trl's trainer of a model on a batch of texts, one gradient away from a step."""
-    rows = [dict(zip(("prompt", "chosen", "rejected"), text, strict=True)) for text in texts]
+    columns = ("prompt", "completion", "label") if kind is KTOTrainer else ("prompt", "chosen", "rejected")
+    rows = [dict(zip(columns, text, strict=True)) for text in texts]
     return kind(
         model,
         args=config(per_device_train_batch_size=len(texts), report_to=[], use_cpu=True, bf16=False),
@@ -53,20 +61,23 @@ def compare(tiny_policy, model_folder, tokenizer, tmp_path):
     return make
 
 
+def as_trajectories(batch):
+    """What trl's collator made, as ours: rows of tokens and a mask of the completions."""
+
+    def pick(where):
+        rows = [row[mask] for row, mask in zip(batch["input_ids"], where, strict=True)]
+        return pad_tokens(rows)
+
+    attends, completes = batch["attention_mask"].bool(), batch["completion_mask"].bool()
+    actions = pick(completes)
+    return Trajectories(pick(attends & ~completes), actions, actions != PADDING)
+
+
 def as_preferences(batch):
-    """What trl's collator made, as ours: [chosen; rejected] token rows and a mask of the completions."""
-
-    def rows(ids, attends, completes):
-        def pick(where):
-            chosen = [row[mask] for row, mask in zip(ids, where, strict=True)]
-            return torch.nn.utils.rnn.pad_sequence(chosen, True, PADDING)
-
-        actions = pick(completes)
-        return Trajectories(pick(attends & ~completes), actions, actions != PADDING)
-
-    ids, attends, completes = batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool()
-    half = len(ids) // 2
-    return Preferences(*(rows(ids[x], attends[x], completes[x]) for x in (slice(half), slice(half, None))))
+    """The same for pairs, of which trl puts all chosen rows first."""
+    rows = as_trajectories(batch)
+    half = len(rows) // 2
+    return Preferences(rows[:half], rows[half:])
 
 
 def assert_same_gradients(policy, model, factor=1.0):
@@ -83,7 +94,18 @@ def backward(policy, preferences, **options):
     return agent.backward(agent.next_batch())
 
 
-@pytest.mark.parametrize(("loss", "options"), [("sigmoid", {}), ("robust", {"label_smoothing": 0.1}), ("hinge", {})])
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("sigmoid", {}),
+        ("robust", {"label_smoothing": 0.1}),
+        ("hinge", {}),
+        ("apo_zero", {}),
+        ("apo_down", {}),
+        ("bco_pair", {}),
+        ("nca_pair", {}),
+    ],
+)
 def test_losses_with_a_reference(compare, loss, options):
     trainer, policy, batch = compare(DPOTrainer, DPOConfig, UNEQUAL, beta=0.3, loss_type=loss, **options)
     expected = trainer.compute_loss(trainer.model, batch)
@@ -111,20 +133,88 @@ def test_ipo_on_completions_of_equal_length(compare):
     assert_same_gradients(policy, trainer.model, length**2)
 
 
-def test_simpo(compare):
-    options = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7, "max_length": 64}
-    trainer, policy, batch = compare(CPOTrainer, CPOConfig, UNEQUAL, beta=2.0, **options)
+def test_a_mix_with_a_likelihood_term(compare):
+    """MPO's, on completions of equal length: trl averages the likelihood over the tokens of a batch."""
+    mix = {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.5}
+    options = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": list(mix.values())}
+    trainer, policy, batch = compare(DPOTrainer, DPOConfig, EQUAL, beta=0.3, **options)
     expected = trainer.compute_loss(trainer.model, batch)
     expected.backward()
+    metrics = backward(policy, as_preferences(batch), beta=0.3, loss=mix)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(policy, trainer.model)
+
+
+def from_columns(batch):
+    """What the collator of trl's older trainers made, as ours; its labels may cover the prompt."""
+
+    def tokens(name):
+        return [
+            ids[attends.bool()]
+            for ids, attends in zip(batch[f"{name}_input_ids"], batch[f"{name}_attention_mask"], strict=True)
+        ]
+
+    prompts = tokens("prompt")
     sides = []
     for side in ("chosen", "rejected"):
-        actions = batch[f"{side}_labels"]
-        rows = [row[row != -100] for row in actions]
-        actions = torch.nn.utils.rnn.pad_sequence(rows, True, PADDING)
-        prompts = batch["prompt_input_ids"].where(batch["prompt_attention_mask"].bool(), PADDING)
-        sides.append(Trajectories(prompts, actions, actions != PADDING))
-    metrics = backward(policy, Preferences(*sides), beta=2.0, loss="simpo", target_margin=0.7)
+        completions = [whole[len(prompt) :] for prompt, whole in zip(prompts, tokens(side), strict=True)]
+        actions = pad_tokens(completions)
+        sides.append(Trajectories(pad_tokens(prompts), actions, actions != PADDING))
+    return Preferences(*sides)
+
+
+@pytest.mark.parametrize(
+    ("loss", "texts", "theirs", "ours"),
+    [
+        ("simpo", UNEQUAL, {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7}, {"target_margin": 0.7}),
+        # trl averages the likelihood over the tokens of a batch.
+        ("cpo", EQUAL, {"loss_type": "sigmoid", "cpo_alpha": 1.0}, {}),
+        ("cpo", EQUAL, {"loss_type": "sigmoid", "cpo_alpha": 1.0, "label_smoothing": 0.2}, {"label_smoothing": 0.2}),
+    ],
+)
+def test_losses_without_a_reference(compare, loss, texts, theirs, ours):
+    trainer, policy, batch = compare(CPOTrainer, CPOConfig, texts, beta=2.0, max_length=64, **theirs)
+    expected = trainer.compute_loss(trainer.model, batch)
+    expected.backward()
+    metrics = backward(policy, from_columns(batch), beta=2.0, loss=loss, **ours)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(policy, trainer.model)
+
+
+def test_orpo(compare):
+    """Its odds ratio by trl; the likelihood is that of the completion, while trl's covers the prompt as well."""
+    trainer, policy, batch = compare(ORPOTrainer, ORPOConfig, UNEQUAL, beta=0.4, max_length=64)
+    chosen, rejected, *_ = trainer.concatenated_forward(trainer.model, batch)
+    log_sigmoid, *_ = trainer.odds_ratio_loss(chosen, rejected)
+    expected = -log_sigmoid.mean() - chosen.mean()
+    expected.backward()
+    metrics = backward(policy, from_columns(batch), beta=0.4, loss="orpo")
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["rewards/chosen"] == pytest.approx(0.4 * chosen.mean().item(), rel=1e-4)
+    assert_same_gradients(policy, trainer.model)
+
+
+@pytest.mark.parametrize("seed", [9, 10])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_kto(compare, perturb, seed, micro_batch_size):
+    """With a reference point above 0, and with one that is held at 0."""
+    texts = [("ab", "cd", True), ("hello ", "you", False), ("1+1=", "11, I think", False), ("xy", "z", True)]
+    options = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
+    trainer, policy, batch = compare(KTOTrainer, KTOConfig, texts, beta=0.3, **options)
+    perturb(policy, seed=seed)
+    give_weights(trainer.model, policy)
+    expected = trainer.compute_loss(trainer.model, batch)
+    expected.backward()
+    labelled = Labelled(as_trajectories(batch), torch.as_tensor(batch["label"]).bool())
+    agent = KTO(policy, labelled, beta=0.3, batch_size=4, micro_batch_size=micro_batch_size, **options)
+    # trl's order, in which it has mismatched the rows.
+    agent.next_rows = lambda: torch.arange(4)
+    metrics = agent.backward(agent.next_batch())
+    shown = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    assert (shown["kl"] > 0.1) == (seed == 9)
+    assert metrics["kl"] == pytest.approx(shown["kl"], rel=1e-4)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["rewards/margin"] == pytest.approx(shown["rewards/margins"], rel=1e-4, abs=1e-5)
     assert_same_gradients(policy, trainer.model)
 
 

@@ -1,6 +1,7 @@
 """``aligngym dpo`` from outside: what it writes, what it refuses, and that a killed run continues to the same bits."""
 
 import json
+import math
 import os
 import random
 import re
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from aligngym.alignment import LanguagePolicy, load_preferences
+from aligngym.alignment.preference_losses import LOSSES
+from aligngym.commands.dpo import LOSS_NAMES
 from aligngym.commands.main import main
 from aligngym.core import Trajectories
 
@@ -80,6 +83,30 @@ def test_a_run_leaves_everything_a_user_expects(arguments, tmp_path, capsys, mod
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         tolerance = 1e-5 if recorded["dtype"] == "float32" else 5e-2
         torch.testing.assert_close(ours[row][batch.mask[row]], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_help_names_every_loss():
+    assert set(LOSS_NAMES) == set(LOSSES)
+
+
+def test_a_mix_of_losses_is_recorded_and_taken_up_again(arguments, tmp_path, capsys):
+    mix = "sigmoid:0.8,bco_pair:0.2,nll:1"
+    assert main([*arguments, "--loss", mix]) == 0
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "config.yaml").read_text())["loss"] == mix
+    # log 2 of each comparison with the reference, 0.8 + 2 · 0.2 of them, and the likelihood.
+    loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert main([*arguments, "--loss", "nll", "--output", str(tmp_path / "nll")]) == 0
+    likelihood = json.loads((tmp_path / "nll" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert loss - likelihood == pytest.approx(1.2 * math.log(2), rel=1e-3)
+    assert main(["dpo", "--output", str(run), "--resume"]) == 0
+
+
+def test_a_record_of_unknown_options_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("bata: 0.5\n")
+    error = refused(capsys, ["dpo", "--output", str(tmp_path / "run"), "--resume"])
+    assert "unknown option 'bata': did you mean beta?" in error
 
 
 def test_the_recorded_configuration_repeats_the_run(arguments, tmp_path):
@@ -226,6 +253,8 @@ class TestRefuses:
         [
             (["--loss", "ipo", "--label-smoothing", "0.1"], "label_smoothing=0.1 would be ignored"),
             (["--beta", "0"], "beta must be positive"),
+            (["--loss", "dpo"], "unknown loss 'dpo': choose from sigmoid"),
+            (["--loss", "sigmoid:0.8,nll:-1"], "the weight of the loss 'nll' must be positive, not -1"),
             (["--batch-size", "0"], "--batch-size must be at least 1"),
             (["--trackers", "nothing"], "unknown tracker 'nothing'"),
             (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),

@@ -1,0 +1,83 @@
+"""Which of a model's adapters is at work: the policy's, the reference's, the critic's, the reward model's, or none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Let the adapter ``name`` be the active one of every layer for a block; ``None``: the model without an adapter.
+
+    Which parameters require gradients stays as it is, although peft's own switches change that: several adapters may be
+    trained at once, as an actor and its critic are.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [(list(layer.active_adapters), bool(layer.disable_adapters)) for layer in layers]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def switch(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, active: list[str], disabled: bool) -> None:
+        layer.set_adapter(active)
+        layer.enable_adapters(not disabled)
+
+    def restore_gradients() -> None:
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+
+    for layer, (active, _) in zip(layers, before, strict=True):
+        switch(layer, active if name is None else [name], name is None)
+    restore_gradients()
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            switch(layer, active, disabled)
+        restore_gradients()
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def merged_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """Add the active adapter to the weights for a block, W + s·BA, so that decoding multiplies once a layer.
+
+    The weights are put back afterwards as they were, bit for bit, which subtracting again would not do; while the block
+    lasts both are in memory. A model with layers that are more than W + s·BA is left alone, and one whose adapted
+    weights serve somewhere else too, as a head's that is tied to the embeddings.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers if _is_mergeable(layer)]
+    embeddings: Any = model.get_input_embeddings()
+    tied = any(weight is embeddings.weight for weight in weights)
+    if len(weights) < len(layers) or tied:
+        yield
+        return
+    originals = [weight.data for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        (name,) = layer.active_adapters
+        weight.data = weight.data + layer.get_delta_weight(name).to(weight.dtype)
+        layer.merged_adapters.append(name)
+    try:
+        yield
+    finally:
+        for layer, weight, original in zip(layers, weights, originals, strict=True):
+            weight.data = original
+            layer.merged_adapters.clear()
+
+
+def _is_mergeable(layer: BaseTunerLayer) -> bool:
+    """Return whether a layer is W + s·BA with one adapter, which is at work and not merged yet."""
+    if not isinstance(layer, LoraLinear) or type(layer.get_base_layer()) is not nn.Linear:
+        return False
+    if layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
+        return False
+    name = layer.active_adapters[0]
+    return name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
