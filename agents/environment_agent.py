@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium
 import torch
 
 from aligngym.agents.evaluation import evaluate_episodes
 from aligngym.core.callbacks import Metrics
 from aligngym.core.gradient_agent import Batch, GradientAgent
+from aligngym.core.markov_policy import MarkovPolicy
 from aligngym.core.policy import Policy
 from aligngym.core.sampler import Sampler
 
@@ -35,22 +35,28 @@ class EnvironmentAgent(GradientAgent[Batch]):
 
     def evaluate(
         self,
-        env: gymnasium.Env | None = None,
+        env: Any = None,
         episodes: int = 100,
         *,
         seed: int = 0,
         discount: float = 1.0,
         greedy: bool = True,
+        **options: Any,
     ) -> Metrics:
         """Play whole episodes; see :func:`aligngym.agents.evaluate_episodes`.
 
+        A language model is judged by its sampler instead, which knows how.
+
         Args:
-            env: another copy of the sampler's environment by default.
+            env: another copy of the sampler's environment by default; for a language model, held-back problems.
             episodes: how many.
             seed: of the environment, and of the actions if they are drawn.
             discount: of the return.
             greedy: whether to take the most probable action, instead of drawing one.
+            options: for a language model, of its sampler's ``evaluate``.
         """
+        if not isinstance(self.policy, MarkovPolicy):
+            return self.sampler.evaluate(self.policy, env, seed=seed, greedy=greedy, **options)
         from aligngym.envs.vectorize import single_copy
 
         if env is None:

@@ -83,7 +83,7 @@ class OffPolicyActorCritic(A2C):
     Raises:
         TypeError: if the policy has no critic.
         ValueError: for a trace out of [0, 1], a ``max_ratio`` that is not positive, or a penalty ``beta``, which would
-            need actions of the policy itself.
+            need actions of the policy itself, or an ``importance_cap`` beside ``max_ratio``.
     """
 
     headline = ("behaviour_return", "entropy", "ratio")
@@ -101,6 +101,10 @@ class OffPolicyActorCritic(A2C):
             raise ValueError(f"max_ratio is positive or None, not {max_ratio}")
         if options.get("beta"):
             raise ValueError(f"beta={options['beta']}: a KL penalty is estimated from actions of the policy itself")
+        if options.get("importance_cap") is not None:
+            raise ValueError(
+                f"importance_cap={options['importance_cap']}: here max_ratio bounds the weights of actions"
+            )
         super().__init__(policy, sampler, trace=trace, **options)
         self.max_ratio = math.inf if max_ratio is None else max_ratio
 

@@ -53,7 +53,7 @@ def merged_adapter(model: PreTrainedModel) -> Iterator[None]:
     lasts both are in memory. A model with layers that are more than W + s·BA is left alone, and one whose adapted
     weights serve somewhere else too, as a head's that is tied to the embeddings.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     weights = [layer.get_base_layer().weight for layer in layers if _is_mergeable(layer)]
     embeddings: Any = model.get_input_embeddings()
     tied = any(weight is embeddings.weight for weight in weights)

@@ -187,7 +187,8 @@ def _read_json(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     text = path.read_text(encoding="utf-8")
-    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+    # A text may hold other line ends, such as U+2028, that JSON does not escape.
+    lines = text.split("\n") if path.suffix == ".jsonl" else [text]
     rows: list[Any] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,7 @@ class PromptSampler(Sampler):
             nothing, and are replaced by groups of further prompts, drawn at most so often.
         rows_at_once: completions written together, to bound memory; ``None``: all.
         seed: of the order of the prompts.
+        writer: what completes the prompts, the policy itself by default; :class:`VLLMWriter` lets a server do it.
         decoding: of :class:`~aligngym.alignment.generation.Decoding`: ``max_new_tokens``, ``top_p``, ``stop``, …
 
     Raises:
@@ -104,6 +105,7 @@ class PromptSampler(Sampler):
         refills: int = 0,
         rows_at_once: int | None = None,
         seed: int = 0,
+        writer: Callable[..., Trajectories] = LanguagePolicy.generate,
         **decoding: Any,
     ) -> None:
         for name, size in (("group_size", group_size), ("prompts_per_sample", prompts_per_sample)):
@@ -119,7 +121,7 @@ class PromptSampler(Sampler):
         self.group_size, self.prompts_per_sample = group_size, prompts_per_sample
         self.missing_end_penalty, self.refills, self.rows_at_once = missing_end_penalty, refills, rows_at_once
         self.decoding = Decoding(**decoding)
-        self.seed = seed
+        self.seed, self.writer = seed, writer
         self.metrics: Metrics = {}
         #: What the last sample consists of, for those who want to read it.
         self.last: Completions | None = None
@@ -181,7 +183,8 @@ class PromptSampler(Sampler):
             ValueError, TypeError, RuntimeError: if a reward function fails; see :class:`Rewards`.
         """
         policy = writing(policy)
-        trajectories = policy.generate(
+        trajectories = self.writer(
+            policy,
             [problems.tokens[number] for number in numbers],
             completions=self.group_size,
             seed=seed,
@@ -199,6 +202,21 @@ class PromptSampler(Sampler):
         on_last = trajectories.terminated | trajectories.truncated
         trajectories.rewards = on_last * rewards.to(on_last.device)[:, None]
         return Completions(trajectories, rows, texts, rewards, components)
+
+    def evaluate(self, policy: Policy, source: Sequence[Row] | None = None, **options: Any) -> Metrics:
+        """Judge a policy by the sampler's rewards, beside its reference.
+
+        Args:
+            policy: a :class:`LanguagePolicy`.
+            source: held-back problems; the sampler's own by default.
+            options: of :func:`~aligngym.alignment.evaluate_completions`: ``greedy``, ``completions``, ``seed``, …
+        """
+        # It is made of samplers itself.
+        from aligngym.alignment.evaluation import evaluate_completions
+
+        decoding = dataclasses.asdict(self.decoding) | {"rows_at_once": self.rows_at_once, "greedy": True}
+        found = evaluate_completions(writing(policy), source or self.problems, self.rewards, **decoding | options)
+        return found.metrics
 
     def _next_prompts(self) -> list[int]:
         """Return this process's prompts of the next batch."""

@@ -164,6 +164,7 @@ def write(completions: Sequence[Written], path: Path) -> None:
         for each in completions:
             made = {"prompt": each.row["prompt"], "completion": as_completion(each.row, each.text)}
             made |= {"log_prob": each.log_prob, "tokens": each.tokens, "finished": each.finished}
-            file.write(json.dumps({**each.row, **made}, ensure_ascii=False) + "\n")
+            # In ASCII: some readers take other characters than a line feed for the end of a line.
+            file.write(json.dumps({**each.row, **made}) + "\n")
     unfinished = sum(not each.finished for each in completions)
     print(f"{len(completions)} completions in {path}, {unfinished} of them not finished")

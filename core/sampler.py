@@ -31,6 +31,14 @@ class Sampler(ABC):
             seed: of everything random that begins here; the same seed repeats the sample.
         """
 
+    def evaluate(self, policy: Policy, source: Any = None, **options: Any) -> Metrics:
+        """Judge a policy that acts in no environment, on held-back ``source`` or what is sampled from.
+
+        Raises:
+            NotImplementedError: unless a sampler says how.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how a {type(policy).__name__} is judged")
+
     def state_dict(self) -> dict[str, Any]:
         """What must be remembered between two samples for the next one to be the same: nothing, by default."""
         return {}

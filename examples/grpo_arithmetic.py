@@ -7,6 +7,7 @@ answers are right. Accuracy is measured on sums that it saw in neither stage.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from aligngym.core import Decay, History
 from aligngym.core.statistics import wilson_interval
 
 #: Sums that neither stage sees.
-UNSEEN = 300
+UNSEEN = 200
 
 
 def sums(low: int, high: int) -> list[dict[str, str]]:
@@ -52,19 +53,23 @@ def main() -> None:
     """Train and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--low", type=int, default=10, help="smallest number to add (default: %(default)s)")
-    parser.add_argument("--high", type=int, default=99, help="largest number to add (default: %(default)s)")
-    parser.add_argument("--demonstrations", type=int, default=64, help="solved sums to imitate (default: %(default)s)")
-    parser.add_argument("--imitation-rate", type=float, default=2e-4)
-    parser.add_argument("--iterations", type=int, default=60, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--low", type=int, default=100, help="smallest number to add (default: %(default)s)")
+    parser.add_argument("--high", type=int, default=400, help="largest number to add (default: %(default)s)")
+    parser.add_argument("--demonstrations", type=int, default=128, help="solved sums to imitate (default: %(default)s)")
+    parser.add_argument("--imitation-rate", type=float, default=3e-4)
+    parser.add_argument("--iterations", type=int, default=70, help="of GRPO (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=24, help="in an iteration (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=8, help="completions of each (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--dtype", default="auto", help="of the frozen weights (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=None, help="folder for metrics and completions")
+    parser.add_argument("--write", type=Path, metavar="FILE.jsonl", help="write 1,000 sums, and do nothing else")
     arguments = parser.parse_args()
 
     problems = sums(arguments.low, arguments.high)
+    if arguments.write is not None:
+        arguments.write.write_text("".join(json.dumps(row) + "\n" for row in problems[:1000]))
+        return
     unseen, shown, problems = problems[:UNSEEN], problems[UNSEEN : UNSEEN + arguments.demonstrations], problems[1000:]
     policy = LanguagePolicy.from_pretrained(arguments.model, lora=default_lora(16), dtype=arguments.dtype)
     table = []

@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
     episodes = EpisodeSampler(states, episodes=options.episodes, group_size=options.group_size)
     table = GRPO(TabularPolicy.for_env(states), episodes, learning_rate=0.3)
     table.learn(options.iterations, progress=False)
-    report("a table after GRPO, exactly", env.exact_return(table.policy.probability_table()))
+    report("a table after GRPO, exactly", env.exact_return(table.policy.probability_table().cpu()))
     report("optimum, exactly", optimum)
 
 
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--iterations", type=int, default=60, help="of GRPO")
     made.add_argument("--episodes", type=int, default=64, help="of an iteration")
     made.add_argument("--group-size", type=int, default=8, help="episodes that share a start")
-    made.add_argument("--learning-rate", type=float, default=2e-4, help="of GRPO")
+    made.add_argument("--learning-rate", type=float, default=3e-4, help="of GRPO")
     made.add_argument("--walks", type=int, default=64, help="random walks to imitate")
     made.add_argument("--cloning-steps", type=int, default=40, help="gradient steps of imitation")
     made.add_argument("--cloning-rate", type=float, default=5e-4, help="learning rate of imitation")

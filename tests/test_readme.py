@@ -38,6 +38,21 @@ def folder(tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="module")
+def chatting_model(model_folder, tmp_path_factory):
+    """A tiny random model that reads long conversations."""
+    import json
+    import shutil
+
+    place = tmp_path_factory.mktemp("model") / "chatting"
+    shutil.copytree(model_folder("llama", max_position_embeddings=4096), place)
+    config = place / "tokenizer_config.json"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    return place
+
+
 def test_the_first_commands_are_targets_of_make():
     makefile = (ROOT / "Makefile").read_text()
     for command in (command for command in COMMANDS if command.startswith("make")):
@@ -45,10 +60,11 @@ def test_the_first_commands_are_targets_of_make():
 
 
 @needs_model
-def test_commands_run_in_order(folder):
+def test_commands_run_in_order(folder, chatting_model):
     for command in COMMANDS:
         if not command.startswith("make"):
-            printed = run(command, folder)
+            # What names the model is tried with one that takes seconds; the others take the default.
+            printed = run(command.replace("smollm2-135m", str(chatting_model)), folder)
         if "aligngym train" in command:
             # What was learnt is as good as the best, to all digits that are shown.
             learned, optimum = re.search(r"greedy policy +(-?[\d.]+) +(-?[\d.]+)\n", printed).groups()
@@ -56,6 +72,9 @@ def test_commands_run_in_order(folder):
     assert (folder / "maze.gif").stat().st_size > 1_000
     assert "no value is wrong by more than" in printed
     assert (folder / "maze.png").stat().st_size > 10_000
+    for kind in ("imitation", "grpo", "ppo", "reward"):
+        assert (folder / "runs" / kind / "adapter/adapter_model.safetensors").exists()
+    assert len((folder / "written.jsonl").read_text().splitlines()) == 1000
     assert (folder / "runs/direct/adapter/adapter_model.safetensors").exists()
     assert "implicit-reward accuracy" in (folder / "runs/direct/report.txt").read_text()
 
@@ -87,7 +106,7 @@ def test_the_language_model_snippet_runs_and_its_subclass_too(folder, monkeypatc
     # Answers that differ in manner alone: one step is enough to tell them apart.
     result = names["agent"].evaluate(names["held_back"])
     assert result["accuracy"] > 0.9
-    exec(SNIPPETS[3], names)
+    exec(SNIPPETS[4], names)
     assert issubclass(names["RankedGRPO"], aligngym.agents.GRPO)
     agent = names["ExponentialDPO"](names["policy"], names["train"], batch_size=4, learning_rate=1e-4)
     before = agent.evaluate(names["train"])["loss"]
@@ -95,9 +114,24 @@ def test_the_language_model_snippet_runs_and_its_subclass_too(folder, monkeypatc
     assert agent.evaluate(names["train"])["loss"] < before
 
 
+@needs_model
+def test_the_same_grpo_trains_a_language_model_and_so_does_the_subclass(capsys):
+    names: dict = {}
+    exec(SNIPPETS[3], names)
+    assert "'win_rate':" in capsys.readouterr().out
+    assert names["sampler"].metrics["length"] <= 6
+    code = SNIPPETS[4].split("class ExponentialDPO")[0]
+    exec(code, names)
+    before = {name: value.clone() for name, value in names["policy"].trainable_state().items()}
+    names["RankedGRPO"](names["policy"], names["sampler"], learning_rate=1e-3, max_grad_norm=None).iterate()
+    rows = names["sampler"].last
+    if len(rows.rewards.unique()) > 1:
+        assert any((value != before[name]).any() for name, value in names["policy"].trainable_state().items())
+
+
 def test_the_ranked_subclass_learns_on_a_grid():
     """The class of the README, whose parent the language-model trainers share, without the rest of its snippet."""
-    code = SNIPPETS[3].split("class ExponentialDPO")[0]
+    code = SNIPPETS[4].split("class ExponentialDPO")[0]
     names: dict = {}
     exec(code, names)
     env = GridWorld("S..\n.#.\n..G", step_reward=-0.05)
@@ -114,7 +148,7 @@ def test_the_cliff_snippet_shows_what_the_book_shows(folder, monkeypatch):
     # R. Sutton and A. Barto, Reinforcement Learning, 2nd ed., example 6.6: Sarsa earns more while it explores.
     monkeypatch.chdir(folder)
     names: dict = {}
-    exec(SNIPPETS[4], names)
+    exec(SNIPPETS[5], names)
     assert names["best"] == pytest.approx(-13)
     sarsa, q_learning = (np.array(names["curves"][name])[:, 200:].mean(axis=1) for name in ("Sarsa", "QLearning"))
     assert sarsa.min() > q_learning.max()
@@ -126,7 +160,7 @@ def test_the_new_temporal_difference_algorithm_is_the_one_of_the_library():
     from aligngym.envs import GridWorld
 
     names: dict = {}
-    exec(SNIPPETS[5], names)
+    exec(SNIPPETS[6], names)
     tables = []
     for kind in (names["ExpectedSarsa"], ExpectedSarsa):
         agent = kind(GridWorld(slip=0.1), discount=0.9, seed=1)

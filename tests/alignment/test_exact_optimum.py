@@ -48,7 +48,7 @@ def objective(policy):
 
 
 AGENTS = {
-    "PPO": (PPO, {"discount": 1.0, "minibatch_size": None, "normalise_advantages": None, "epochs": 2}),
+    "PPO": (PPO, {"discount": 1.0, "minibatch_size": None, "normalise_advantages": None, "epochs": 1}),
     "RLOO": (RLOO, {}),
     "Dr. GRPO": (GRPO, {"scale": False, "normalise": "trajectories"}),
     # With the penalty in the reward, advantages vanish at the same optimum whatever they are divided by.
@@ -60,11 +60,11 @@ AGENTS = {
 def test_an_adapter_reaches_the_regularised_optimum(make_policy, name):
     kind, options = AGENTS[name]
     policy = make_policy(critic=kind is PPO)
-    source = PromptSampler([{"prompt": PROMPT}], [reward], group_size=96, prompts_per_sample=1, max_new_tokens=LENGTH)
+    source = PromptSampler([{"prompt": PROMPT}], [reward], group_size=64, prompts_per_sample=1, max_new_tokens=LENGTH)
     start, reference, best = objective(policy)
     assert start == pytest.approx(reference, abs=1e-6)
-    steps = 100
+    steps = 80
     agent = kind(policy, source, beta=BETA, learning_rate=Decay(0.01, steps, 10, "cosine"), **options)
     agent.learn(steps, progress=False)
     reached, _, _ = objective(policy)
-    assert (best - reached) / (best - reference) < 0.03
+    assert (best - reached) / (best - reference) < 0.03, (best - reached) / (best - reference)

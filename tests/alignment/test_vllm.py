@@ -126,13 +126,14 @@ class TestWeights:
         policy = tiny_policy()
         writer(policy, PROMPTS, max_new_tokens=2)
         parameter = next(iter(policy.trainable_state().values()))
+        before = parameter.clone()
         parameter[0, 0] += 0.5
         working, server.reset_prefix_cache = server.reset_prefix_cache, lambda: 1 / 0
         with pytest.raises(ZeroDivisionError):
             writer(policy, PROMPTS, max_new_tokens=2)
         server.reset_prefix_cache = working
         # Although the policy is what it was before, what the server has is not.
-        parameter[0, 0] -= 0.5
+        parameter.copy_(before)
         writer(policy, PROMPTS, max_new_tokens=2)
         assert server.calls == ["connect", "weights", "reset", "weights", "weights", "reset"]
 

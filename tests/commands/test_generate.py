@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aligngym.alignment import LanguagePolicy
 from aligngym.alignment.demonstrations import load_demonstrations
 from aligngym.alignment.prompts import prompt_tokens
-from aligngym.commands import main as main_module
 from aligngym.commands.language_model_options import add_decoding_arguments, decoding_options
 from aligngym.commands.main import main
 
@@ -19,11 +18,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(2, 4) for b in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(main_module.COMMANDS, "generate", "complete prompts")
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +59,14 @@ def refused(capsys, arguments):
 
 def test_rows_are_written_with_what_was_drawn(adapter, prompts, tmp_path, capsys, model_folder):
     output = tmp_path / "new" / "completions.jsonl"
-    flags = f"--samples 9 --temperature 1.5 --top-k 50 --max-new-tokens 40 --dtype float32 --seed 4 --output {output}"
+    flags = f"--samples 9 --temperature 1.5 --top-k 250 --max-new-tokens 40 --dtype float32 --seed 4 --output {output}"
     assert main(["generate", "--adapter", str(adapter), "--prompts", prompts, *flags.split()]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     policy = LanguagePolicy.from_pretrained(
         model_folder(), adapter=adapter / "adapter", dtype="float32", temperature=1.5
     )
     tokens = [prompt_tokens(row, policy.tokenizer) for row in ROWS]
-    drawn = policy.generate(tokens, completions=9, top_k=50, max_new_tokens=40, seed=4)
+    drawn = policy.generate(tokens, completions=9, top_k=250, max_new_tokens=40, seed=4)
     assert len(rows) == 36
     for number, row in enumerate(rows):
         assert row["prompt"] == ROWS[number // 9]["prompt"]
