@@ -91,7 +91,8 @@ class PromptSampler(Sampler):
         decoding: of :class:`~aligngym.alignment.generation.Decoding`: ``max_new_tokens``, ``top_p``, ``stop``, …
 
     Raises:
-        ValueError: for a size below 1 or a negative number, or a column that a reward needs and no row has.
+        ValueError: for a size below 1 or a negative number, a column that a reward needs and no row has, or refills on
+            several devices.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class PromptSampler(Sampler):
             raise ValueError(f"missing_end_penalty={missing_end_penalty}, refills={refills}: neither can be negative")
         if not len(problems):
             raise ValueError("there are no prompts")
+        if refills and PartialState().num_processes > 1:
+            raise ValueError(f"refills={refills}: devices would come to draw different prompts; use one, or 0 refills")
         self.problems = problems
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.rewards.check(dict.fromkeys(name for row in problems for name in row))
@@ -136,7 +139,7 @@ class PromptSampler(Sampler):
             ValueError: if a prompt leaves no room for a completion.
         """
         policy = writing(policy)
-        if self._prepared is None:
+        if self._prepared is None or self._prepared.tokenizer is not policy.tokenizer:
             room, context = self.decoding.max_new_tokens, policy.context_length
             self._prepared = Problems.of(self.problems, policy.tokenizer, room, context)
         return self._prepared
@@ -180,7 +183,7 @@ class PromptSampler(Sampler):
             decoding: what is different from the sampler's own way, such as ``greedy``.
 
         Raises:
-            ValueError, TypeError, RuntimeError: if a reward function fails; see :class:`Rewards`.
+            RewardError: if a reward function fails.
         """
         policy = writing(policy)
         trajectories = self.writer(

@@ -71,10 +71,12 @@ class Problems:
     Attributes:
         rows: dictionaries with a ``prompt`` and further columns.
         tokens: of each prompt.
+        tokenizer: whose tokens they are.
     """
 
     rows: Sequence[Row]
     tokens: list[Tensor]
+    tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def of(
@@ -102,7 +104,7 @@ class Problems:
                     f"the prompt of row {number} has {len(prompt)} tokens and leaves no room for a completion of "
                     f"{room}: the model reads {context} in all; shorten it, or take a smaller max_new_tokens"
                 )
-        return cls(rows, tokens)
+        return cls(rows, tokens, tokenizer)
 
     def __len__(self) -> int:
         return len(self.rows)

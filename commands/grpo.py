@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     name, settings = ALGORITHMS[options.algorithm]
     clips = {"clip": options.clip, "clip_high": options.clip_high}
     given = {side: value for side, value in clips.items() if value is not None}
-    if given and name in ("RLOO", "RejectionSampling"):
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} would be ignored: {options.algorithm} clips nothing")
+    if given and name in ("RLOO", "RejectionSampling", "CISPO"):
+        raise ValueError(
+            f"--{next(iter(given)).replace('_', '-')} would be ignored: {options.algorithm} has no such clip"
+        )
     return run_reinforcement(options, getattr(agents, name), resume=arguments.resume, **{**settings, **given})

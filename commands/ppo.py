@@ -1,4 +1,26 @@
-"""``aligngym ppo``: RLHF as it was first done, with a critic, a KL penalty in the reward, and a reward model."""
+"""``aligngym ppo``: RLHF as it was first done, with a critic, a KL penalty in the reward, and a reward model.
+
+What the equations leave open, and whom we follow. Z: D. Ziegler et al., *Fine-tuning language models from human
+preferences*, 2019. S: N. Stiennon et al., *Learning to summarize from human feedback*, 2020. O: L. Ouyang et al.,
+*Training language models to follow instructions with human feedback*, 2022. H: S. Huang et al., *The N+ implementation
+details of RLHF with PPO*, 2024, whose defaults trl's last PPO trainer had.
+
+- The score is paid with the last real token, the end-of-sequence token included, and never with padding (Z, H).
+- −β log π/π_ref is paid with every token (Z, S, O), from the log-probabilities of the policy that acted; β is fixed, or
+  follows a target (Z: :class:`~aligngym.agents.AdaptiveKL`).
+- A completion without an end pays ``--missing-end-penalty`` (H: "EOS trick", there a score of −1 in place of the
+  model's; here the penalty is taken off it, as in trl).
+- γ = 1, λ = 0.95 (Z, S, O, H). Nothing follows the last token, also where a completion was cut off at its largest
+  length, which is part of the task: its value is 0.
+- The critic is an adapter of its own, so actor and critic share no trained weights (S); its head starts at 0. Its
+  values are clipped to ±0.2 of where they were, and its loss counts 0.1 (H).
+- Advantages are standardised over the whole batch (H); rewards only on request, and then their mean stays (Z, H).
+- Dropout of the model is off (Z, H), because the policy's reference, behaviour and update must be one function; the
+  temperature is part of the policy, so that what is drawn from is what is trained.
+- Completions are drawn anew for every iteration, gone over four times (H), and clipped at ±0.2 as PPO has it.
+- AdamW without weight decay, gradients shortened to 1; the learning rate rises over a tenth of the steps and falls
+  linearly to 0 from there.
+"""
 
 from __future__ import annotations
 

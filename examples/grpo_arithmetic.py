@@ -90,7 +90,7 @@ def main() -> None:
         prompts_per_sample=arguments.prompts,
         max_new_tokens=6,
     )
-    learning_rate = Decay(arguments.learning_rate, arguments.iterations, warmup=3)
+    learning_rate = Decay(arguments.learning_rate, arguments.iterations, warmup=min(3, arguments.iterations))
     agent = GRPO(policy, sampler, learning_rate=learning_rate)
     log = CompletionsLog(sampler, every=20, folder=arguments.output)
     agent.learn(arguments.iterations, output=arguments.output, callbacks=[log, History()])

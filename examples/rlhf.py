@@ -123,7 +123,7 @@ def main() -> None:
         value_coefficient=0.1,
         value_clip=0.2,
         normalise_advantages="batch",
-        learning_rate=Decay(options.learning_rate, options.iterations, 5),
+        learning_rate=Decay(options.learning_rate, options.iterations, min(5, options.iterations)),
     )
     watchers = Rewards([proxy, gold], [1.0, 0.0])
     records = []

@@ -29,7 +29,7 @@ def main(options: argparse.Namespace) -> None:
     policy.to(options.device)
 
     def sampler(episodes: int, **further) -> TextEnvironmentSampler:
-        common = {"max_new_tokens": 4, "system_prompt": SYSTEM_PROMPT}
+        common = {"max_new_tokens": 6, "system_prompt": SYSTEM_PROMPT}
         return TextEnvironmentSampler(env, policy.tokenizer, episodes=episodes, **common, **further)
 
     def report(name: str, value: float, success: float | None = None, invalid: float | None = None) -> None:

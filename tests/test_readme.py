@@ -194,3 +194,24 @@ def test_the_new_temporal_difference_algorithm_is_the_one_of_the_library():
 )
 def test_examples_run(command, expected, folder):
     assert expected in run(command, folder)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python examples/grpo_arithmetic.py --iterations 2 --demonstrations 8 --prompts 4", "GRPO, 2 iterations"),
+        (
+            "python examples/text_grid_world.py --iterations 1 --episodes 8 --walks 8 --cloning-steps 2 --judged 4",
+            "optimum, exactly",
+        ),
+        ("python examples/r1_recipe.py --demonstrations 8 --iterations 1 --rejection 4 --judged 4", "cold start, 8"),
+        (
+            "python examples/rlhf.py pairs.jsonl --iterations 2 --judge-every 1 --judged 4 --prompts 2 --output rlhf",
+            "adapter and figure in rlhf",
+        ),
+    ],
+)
+def test_language_model_examples_run(command, expected, folder, chatting_model):
+    """With a model that learns nothing from them: what they show with a real one takes minutes."""
+    run("python examples/make_preferences.py pairs.jsonl --pairs 24", folder)
+    assert expected in run(f"{command} --model {chatting_model}", folder)

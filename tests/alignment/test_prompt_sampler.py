@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -91,6 +92,33 @@ class TestSample:
         assert torch.equal(first.actions, second.actions)
         assert torch.equal(first.observations, second.observations)
         assert not torch.equal(first.actions, one.sample(policy, seed=3).actions)
+
+    def test_another_writer_may_complete_the_prompts(self, tiny_policy):
+        policy, asked = tiny_policy(), []
+
+        def write(policy, prompts, **options):
+            asked.append((len(prompts), options["completions"], options["max_new_tokens"]))
+            return policy.generate(prompts, **options)
+
+        rows = sampler(writer=write).sample(policy, seed=1)
+        assert asked == [(2, 3, 6)]
+        assert torch.equal(rows.actions, sampler().sample(policy, seed=1).actions)
+
+    def test_it_evaluates_by_its_own_rewards(self, tiny_policy):
+        policy = tiny_policy()
+        agent = GRPO(policy, sampler(rewards=[share]))
+        held_back = [{"prompt": "new", "wanted": "q"}, {"prompt": "newer", "wanted": "r"}]
+        found = agent.evaluate(held_back, greedy=False, seed=3)
+        assert {"reward", "reward_low", "reference_reward", "win_rate", "kl", "length"} <= found.keys()
+        assert found["kl"] > 0
+        assert agent.evaluate(held_back) == agent.evaluate(held_back)
+
+    def test_tokens_are_those_of_the_policy_that_asks(self, tiny_policy):
+        source, policy = sampler(), tiny_policy()
+        first = source.prepare(policy)
+        assert source.prepare(policy) is first
+        policy.tokenizer = copy.deepcopy(policy.tokenizer)
+        assert source.prepare(policy) is not first
 
     def test_pieces_say_the_same(self, tiny_policy):
         policy = tiny_policy()

@@ -127,7 +127,7 @@ class TestBadInput:
             ({"rewards": "final_anser"}, "final_answer"),
             ({"group_size": 1}, "--group-size 1: a completion is compared with others, so at least 2"),
             ({"kl_target": 5}, "--kl-target adapts a penalty that begins at --beta"),
-            ({"algorithm": "rloo", "clip": 0.2}, "--clip would be ignored: rloo clips nothing"),
+            ({"algorithm": "rloo", "clip": 0.2}, "--clip would be ignored: rloo has no such clip"),
             ({"batch_size": 0}, "--batch-size must be at least 1"),
             ({"max_new_tokens": 500}, "leaves no room for a completion of 500: the model reads 256 in all"),
             ({"temperature": 0}, "temperature is positive"),
