@@ -220,15 +220,15 @@ class TestCompletions:
         assert not torch.equal(rows.actions[:, :1], other.actions[:, :1]) or rows.actions.shape != other.actions.shape
 
 
-def test_grpo_trains_on_what_it_writes(tiny_policy, writer, server, monkeypatch):
+def test_grpo_trains_on_what_it_writes(tiny_policy, writer, server):
     """Its rollouts take the place of the policy's own; the cap makes the policy say log π_old itself."""
     policy = tiny_policy()
-    monkeypatch.setattr(policy, "generate", lambda prompts, **options: writer(policy, prompts, **options))
 
     def even(completion_ids, **_):
         return [float(sum(ids) % 2 == 0) for ids in completion_ids]
 
-    sampler = PromptSampler([{"prompt": "ab"}, {"prompt": "c"}], [even], prompts_per_sample=2, max_new_tokens=4)
+    rows = [{"prompt": "ab"}, {"prompt": "c"}]
+    sampler = PromptSampler(rows, [even], prompts_per_sample=2, max_new_tokens=4, writer=writer)
     GRPO(policy, sampler, learning_rate=1e-2, importance_cap=2.0).learn(2, progress=False)
     assert server.calls.count("weights") == 2
 
