@@ -289,9 +289,11 @@ class LanguagePolicy(Policy):
     def _as_reference(self) -> Iterator[None]:
         was_training = self.training
         self.eval()
-        with self.using_adapter(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
-            yield
-        self.train(was_training)
+        try:
+            with self.using_adapter(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
+                yield
+        finally:
+            self.train(was_training)
 
     def using_adapter(self, name: str | None) -> AbstractContextManager[None]:
         """Return a context in which another of the model's adapters is at work, or none.

@@ -47,6 +47,16 @@ class TestLogProbs:
         expected = (logits / temperature).log_softmax(-1).gather(1, written[:, None])[:, 0]
         torch.testing.assert_close(policy(row).log_probs[row.mask], expected, rtol=1e-4, atol=1e-5)
 
+    def test_the_temperature_divides_the_bias_of_a_head_too(self, tiny_policy):
+        policy = tiny_policy()
+        head = policy.causal_model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.linspace(-2, 2, 257), requires_grad=False)
+        policy.temperature = 0.5
+        rows = policy.generate(PROMPTS, completions=2, max_new_tokens=6)
+        for packed in (True, False):
+            policy.packed = packed
+            torch.testing.assert_close(rows.log_probs, policy(rows).log_probs.detach(), rtol=1e-4, atol=1e-4)
+
     def test_of_the_reference_they_are_the_references(self, tiny_policy):
         policy = tiny_policy()
         rows = policy.generate(PROMPTS, completions=2, max_new_tokens=6, reference=True)
@@ -272,6 +282,14 @@ class TestCritic:
         assert not values & actor
         assert all("critic" in name or "value_head" in name for name in values)
         assert values | actor == set(policy.trainable_state())
+
+    def test_both_are_trained_whatever_was_asked_before(self, policy):
+        trained = set(policy.trainable_state())
+        assert any("critic" in name for name in trained)
+        rows = policy.generate(PROMPTS, max_new_tokens=6)
+        for ask in (policy, policy.reference_log_probs):
+            ask(rows)
+            assert set(policy.trainable_state()) == trained
 
     def test_the_reference_and_what_is_written_are_as_without_one(self, policy, tiny_policy):
         rows = policy.generate(PROMPTS, max_new_tokens=6)

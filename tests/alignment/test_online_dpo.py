@@ -20,12 +20,12 @@ def sampler(**changes):
 
 
 def test_the_best_of_each_group_is_paired_with_its_worst():
-    rewards = torch.tensor([[1.0], [3.0], [2.0], [5.0], [5.0], [0.0], [7.0]])
+    rewards = torch.tensor([[2.0], [3.0], [1.0], [5.0], [5.0], [7.0], [0.0]])
     group = torch.tensor([4, 4, 4, 9, 9, 2, 2])
     rows = Trajectories(torch.arange(7)[:, None], torch.zeros(7, 1), torch.ones(7, 1).bool(), rewards, group=group)
     pairs = best_and_worst(rows)
-    assert pairs.chosen.observations[:, 0].tolist() == [6, 1, 3]
-    assert pairs.rejected.observations[:2, 0].tolist() == [5, 0]
+    assert pairs.chosen.observations[:, 0].tolist() == [5, 1, 3]
+    assert pairs.rejected.observations[:2, 0].tolist() == [6, 2]
     # A group whose returns are alike says nothing.
     assert pairs.weights.tolist() == [1.0, 1.0, 0.0]
 
