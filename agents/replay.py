@@ -251,7 +251,7 @@ class PrioritizedReplay(ReplayBuffer):
 
     def update(self, rows: Tensor, surprises: Tensor) -> None:
         """Give rows the priority of their last surprise."""
-        self.tree.set(rows.numpy(), (surprises.cpu().numpy().astype(np.float64) + self.smallest) ** self.alpha)
+        self.tree.set(rows.cpu().numpy(), (surprises.cpu().numpy().astype(np.float64) + self.smallest) ** self.alpha)
 
     def _written(self, rows: NDArray[np.int64]) -> None:
         largest = self.tree.leaves.max()
