@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aligngym.agents.group_relative import episode_returns
 from aligngym.agents.policy_gradient import PolicyGradient
+from aligngym.core.advantages import best_of_groups
 from aligngym.core.policy import Policy
 from aligngym.core.sampler import Sampler
 from aligngym.core.trajectories import Experience
@@ -52,9 +53,7 @@ class RejectionSampling(PolicyGradient):
     def advantages(self, batch: Experience) -> Tensor:
         returns = episode_returns(batch, self.discount)
         chosen = torch.zeros_like(returns)
-        for group in batch.group.unique():
-            members = (batch.group == group).nonzero()[:, 0]
-            # Of several that are equally good it is the first, which is as random as any.
-            best = members[returns[members].argmax()]
-            chosen[best] = returns[best] > self.threshold
+        # Of several that are equally good it is the first, which is as random as any.
+        best = best_of_groups(returns, batch.group)
+        chosen[best] = (returns[best] > self.threshold).to(chosen.dtype)
         return chosen

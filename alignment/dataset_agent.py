@@ -71,12 +71,7 @@ class DatasetAgent(GradientAgent[Batch]):
 
     def next_rows(self) -> Tensor:
         """Return the numbers of this process's rows of the current step."""
-        rows = self.order(self.iteration)
-        processes = self.accelerator.num_processes
-        if processes > 1:
-            # Every process gets as many rows; what does not divide waits for the next epoch's order.
-            rows = rows[: max(len(rows) // processes, 1) * processes][self.accelerator.process_index :: processes]
-        return rows
+        return self.order.share(self.iteration, self.accelerator.process_index, self.accelerator.num_processes)
 
     @abstractmethod
     def reference_log_probs(self, data: Any) -> Tensor:

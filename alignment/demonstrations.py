@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from trl import is_conversational, maybe_convert_to_chatml
 from trl.data_utils import common_prefix_length
 
 from aligngym.alignment.data import Row, pad_tokens, read_rows, usable_rows
-from aligngym.core.randomness import derived_seed
+from aligngym.alignment.token_rows import held_back_rows
 from aligngym.core.trajectories import Trajectories
 
 #: What trl gives the tokens that it does not learn.
@@ -79,27 +79,6 @@ class Demonstrations:
         labels = [tokens.where(learned, IGNORED) for tokens, learned in zip(self.tokens, self.learned, strict=True)]
         columns = {"input_ids": self.tokens, "labels": labels}
         return Dataset.from_dict({name: [row.tolist() for row in rows] for name, rows in columns.items()})
-
-
-def held_back_rows(prompts: Sequence[Hashable], size: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the rows to keep and about ``size`` rows to hold back, all rows of a prompt on the same side.
-
-    Raises:
-        ValueError: if nothing would be kept.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        members.setdefault(prompt, []).append(row)
-    groups = list(members.values())
-    held_back: list[int] = []
-    for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(derived_seed(seed))).tolist():
-        if len(held_back) >= size:
-            break
-        held_back += groups[group]
-    kept = sorted(set(range(len(prompts))) - set(held_back))
-    if not kept:
-        raise ValueError(f"holding back {size} of {len(prompts)} rows leaves none to train on: give --eval a file")
-    return kept, sorted(held_back)
 
 
 def load_demonstrations(

@@ -124,17 +124,30 @@ def complete(
             rows, tokens = rows[running], tokens[running]
         writer.write(tokens)
     used = int((actions != PADDING).sum(dim=1).max())
-    actions, log_probs = actions[:, :used], log_probs[:, :used]
+    return completion_rows(observations, actions[:, :used], log_probs[:, :used], ended)
+
+
+def completion_rows(observations: Tensor, actions: Tensor, log_probs: Tensor, ended: Tensor) -> Trajectories:
+    """Return N·k completions of N prompts as rows, those of one prompt adjacent and of one ``group``.
+
+    Args:
+        observations: ``[N, P]``, the prompts' tokens.
+        actions: ``[N·k, T]``, the completions' tokens, padded on the right.
+        log_probs: ``[N·k, T]``, of the distribution that they were drawn from.
+        ended: ``[N·k]`` booleans, whether a completion came to its own end: then its last token terminates it.
+    """
     mask = actions != PADDING
     last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    numbers = torch.arange(len(observations), device=actions.device)
+    group = numbers.repeat_interleave(len(actions) // len(observations))
     return Trajectories(
-        observations.repeat_interleave(completions, dim=0),
+        observations[group],
         actions,
         mask,
         log_probs=log_probs,
         terminated=last & ended[:, None],
         truncated=last & ~ended[:, None],
-        group=torch.arange(len(prompts), device=device).repeat_interleave(completions),
+        group=group,
     )
 
 

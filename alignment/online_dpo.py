@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aligngym.agents.environment_agent import EnvironmentAgent
 from aligngym.alignment.preference_objective import PreferenceBatch, PreferenceObjective
+from aligngym.core.advantages import best_of_groups
 from aligngym.core.callbacks import Metrics
 from aligngym.core.policy import Policy
 from aligngym.core.randomness import derived_seed
@@ -69,12 +70,10 @@ def best_and_worst(trajectories: Trajectories) -> Preferences:
     """
     if trajectories.group is None:
         raise ValueError("pairs are made within groups: sample with a group_size of at least 2")
-    returns, chosen, rejected = trajectories.returns, [], []
-    for group in trajectories.group.unique():
-        members = (trajectories.group == group).nonzero()[:, 0]
-        if len(members) < 2:
-            raise ValueError(f"group {int(group)} has a single trajectory: sample with a group_size of at least 2")
-        chosen.append(members[returns[members].argmax()])
-        rejected.append(members[returns[members].argmin()])
-    better, worse = torch.stack(chosen), torch.stack(rejected)
+    groups, sizes = trajectories.group.unique(return_counts=True)
+    if (sizes < 2).any():
+        alone = int(groups[sizes < 2][0])
+        raise ValueError(f"group {alone} has a single trajectory: sample with a group_size of at least 2")
+    returns = trajectories.returns
+    better, worse = (best_of_groups(sign * returns, trajectories.group) for sign in (1, -1))
     return Preferences(trajectories[better], trajectories[worse], (returns[better] > returns[worse]).float())

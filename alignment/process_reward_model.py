@@ -247,10 +247,8 @@ class ProcessRewardTraining(GradientAgent[StepBatch]):
 
     def next_batch(self) -> StepBatch:
         """Return this process's solutions of the current step."""
-        rows, processes = self.order(self.iteration), self.accelerator.num_processes
-        if processes > 1:
-            rows = rows[: max(len(rows) // processes, 1) * processes][self.accelerator.process_index :: processes]
-        return self.data[rows]
+        accelerator = self.accelerator
+        return self.data[self.order.share(self.iteration, accelerator.process_index, accelerator.num_processes)]
 
     def weight(self, batch: StepBatch) -> float:
         """Return how many steps there are in a batch."""

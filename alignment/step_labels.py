@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aligngym.alignment.data import Row, pad_tokens, read_rows, usable_rows
-from aligngym.alignment.demonstrations import held_back_rows
+from aligngym.alignment.token_rows import held_back_rows
 from aligngym.core.trajectories import PADDING, Rows
 
 if TYPE_CHECKING:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gymnasium
 
 from aligngym.alignment.language_policy import LanguagePolicy
-from aligngym.alignment.text_turns import Conversation, TurnFormat, positions_of, speaking
+from aligngym.alignment.text_turns import Conversation, TurnFormat, speaking
 from aligngym.core.randomness import derived_seed
 
 
@@ -71,7 +72,7 @@ class TextActor:
             self._conversation = Conversation(self.format.first(observation))
         else:
             self._conversation.add(self.format.reply(observation, self._said, self.policy.end_tokens))
-        if len(self._conversation) + self.decoding["max_new_tokens"] > positions_of(self.policy):
+        if len(self._conversation) + self.decoding["max_new_tokens"] > (self.policy.context_length or math.inf):
             raise ValueError(f"turn {self.turn + 1}: no room for an answer after {len(self._conversation)} tokens")
         seed = derived_seed(self.seed, self.episode, self.turn)
         rows = self.policy.generate([self._conversation.context], seed=seed, **self.decoding)

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from transformers import PreTrainedTokenizerBase
 
 from aligngym.alignment.language_policy import LanguagePolicy
-from aligngym.alignment.text_turns import Conversation, TurnFormat, positions_of, rows_of, speaking
+from aligngym.alignment.text_turns import Conversation, TurnFormat, rows_of, speaking
 from aligngym.core.callbacks import Metrics
 from aligngym.core.policy import Policy
 from aligngym.core.randomness import derived_seed
@@ -135,7 +135,7 @@ class TextEnvironmentSampler(Sampler):
         groups = self.episodes // self.group_size
         seeds = np.random.SeedSequence(seed).generate_state(groups) >> 1
         group = torch.arange(groups).repeat_interleave(self.group_size)
-        limit = positions_of(policy) if self.max_length is None else self.max_length
+        limit = (policy.context_length or math.inf) if self.max_length is None else self.max_length
         episodes = [
             _Episode(env, int(seeds[number]), self, policy.end_tokens, limit)
             for env, number in zip(self.copies, group.tolist(), strict=True)

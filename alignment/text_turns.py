@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,8 +186,3 @@ def speaking(policy: Policy) -> LanguagePolicy:
             "there, wrap a TextGridWorld in NumberedText and sample with an EpisodeSampler"
         )
     return policy
-
-
-def positions_of(policy: LanguagePolicy) -> float:
-    """Return how many tokens the model has positions for."""
-    return getattr(policy.causal_model.config, "max_position_embeddings", None) or math.inf

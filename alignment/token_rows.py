@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -17,6 +17,27 @@ from aligngym.core.trajectories import PADDING, Preferences, Rows, Trajectories
 def pad_tokens(sequences: list[Tensor], side: str = "right") -> Tensor:
     """Return ``[B, T]`` with the sequences in its rows, filled up with :data:`PADDING` on one side."""
     return pad_sequence(sequences, batch_first=True, padding_value=PADDING, padding_side=side)
+
+
+def held_back_rows(prompts: Sequence[Hashable], size: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the rows to keep and about ``size`` rows to hold back, all rows of a prompt on the same side.
+
+    Raises:
+        ValueError: if nothing would be kept.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        members.setdefault(prompt, []).append(row)
+    groups = list(members.values())
+    held_back: list[int] = []
+    for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(derived_seed(seed))).tolist():
+        if len(held_back) >= size:
+            break
+        held_back += groups[group]
+    kept = sorted(set(range(len(prompts))) - set(held_back))
+    if not kept:
+        raise ValueError(f"holding back {size} of {len(prompts)} rows leaves none to train on: give --eval a file")
+    return kept, sorted(held_back)
 
 
 @dataclass
@@ -81,19 +102,8 @@ class TokenRows:
         Raises:
             ValueError: if nothing would be left to train on.
         """
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(self.prompts):
-            prompts.setdefault(tuple(prompt.tolist()), []).append(row)
-        members = list(prompts.values())
-        held_back: list[int] = []
-        for group in torch.randperm(len(members), generator=torch.Generator().manual_seed(derived_seed(seed))).tolist():
-            if len(held_back) >= size:
-                break
-            held_back += members[group]
-        kept = sorted(set(range(len(self))) - set(held_back))
-        if not kept:
-            raise ValueError(f"holding back {size} of {len(self)} rows leaves none to train on: give --eval a file")
-        return self.subset(kept), self.subset(sorted(held_back))
+        kept, held_back = held_back_rows([tuple(prompt.tolist()) for prompt in self.prompts], size, seed)
+        return self.subset(kept), self.subset(held_back)
 
 
 @dataclass(frozen=True)

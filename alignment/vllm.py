@@ -14,10 +14,10 @@ from torch import Tensor
 
 from aligngym.alignment.adapters import merged_adapter
 from aligngym.alignment.data import pad_tokens
-from aligngym.alignment.generation import Decoding
+from aligngym.alignment.generation import Decoding, completion_rows
 from aligngym.alignment.language_policy import LanguagePolicy
 from aligngym.core.randomness import derived_seed
-from aligngym.core.trajectories import PADDING, Trajectories
+from aligngym.core.trajectories import Trajectories
 
 #: Prompts that the server is asked about at a time.
 REQUESTS = 64
@@ -221,18 +221,7 @@ def _as_trajectories(
                 raise ValueError(f"the vLLM server gave no log-probability of token {token}, number {t} of row {row}")
             log_probs[row, t] = value
     ended = torch.tensor([_has_ended(policy, tokens, how) for tokens in written])
-    mask = actions != PADDING
-    last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    group = torch.arange(len(prompts)).repeat_interleave(completions)
-    return Trajectories(
-        pad_tokens([prompt.cpu() for prompt in prompts], side="left")[group],
-        actions,
-        mask,
-        log_probs=log_probs,
-        terminated=last & ended[:, None],
-        truncated=last & ~ended[:, None],
-        group=group,
-    )
+    return completion_rows(pad_tokens([prompt.cpu() for prompt in prompts], side="left"), actions, log_probs, ended)
 
 
 def _has_ended(policy: LanguagePolicy, tokens: list[int], how: Decoding) -> bool:

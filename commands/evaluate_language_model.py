@@ -132,10 +132,8 @@ def with_reward_model(rewards: Rewards | None, policy: LanguagePolicy, folder: s
     except (FileNotFoundError, ValueError):
         # Of another base, or no adapter at all; what is wrong with it otherwise is said again.
         model = RewardModel.from_pretrained(folder)
-    if rewards is None:
-        return Rewards([model], names=["reward_model"])
-    functions: list[Callable[..., Any]] = [*rewards.functions, model]
-    return Rewards(functions, [*rewards.weights, 1.0], names=[*rewards.names, "reward_model"])
+    added = Rewards([model], names=["reward_model"])
+    return added if rewards is None else Rewards.together([rewards, added])
 
 
 def completions_table(result: CompletionEvaluation, title: str) -> str:

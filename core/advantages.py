@@ -177,6 +177,17 @@ def group_normalised(returns: Tensor, group: Tensor, scale: bool = True, epsilon
     return centred / (deviation + epsilon)
 
 
+def best_of_groups(returns: Tensor, group: Tensor) -> Tensor:
+    """Return ``[groups]``, in order of the groups, the row of the largest return of each; the first of several.
+
+    Args:
+        returns: ``[B]``.
+        group: ``[B]`` integers.
+    """
+    members = [(group == number).nonzero()[:, 0] for number in group.unique()]
+    return torch.stack([rows[returns[rows].argmax()] for rows in members])
+
+
 def _td_errors(
     rewards: Tensor,
     values: Tensor,

@@ -188,6 +188,14 @@ class EpochOrder:
         """How many batches cover the dataset once."""
         return -(-self.size // self.batch_size)
 
+    def share(self, step: int, process: int, processes: int) -> Tensor:
+        """Return the rows of batch ``step`` for one of several processes.
+
+        Every process gets as many rows; what does not divide waits for the next epoch's order.
+        """
+        rows = self(step)
+        return rows if processes == 1 else rows[: max(len(rows) // processes, 1) * processes][process::processes]
+
     def __call__(self, step: int) -> Tensor:
         """Return the row numbers of batch ``step``, counted from 0."""
         epoch, batch = divmod(step, self.steps_per_epoch)
