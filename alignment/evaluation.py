@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from aligngym.alignment.data import Row
-from aligngym.alignment.generation import Decoding
 from aligngym.alignment.language_policy import LanguagePolicy
 from aligngym.alignment.prompt_sampler import Completions, PromptSampler
+from aligngym.alignment.report import kl_of_completions
 from aligngym.alignment.rewards import RewardFunction, Rewards
 from aligngym.alignment.text_metrics import distinct_n
-from aligngym.core.objectives import kl_estimate
 from aligngym.core.randomness import derived_seed
 from aligngym.core.statistics import Estimate, bootstrap_interval, wilson_interval
 
@@ -108,8 +106,13 @@ def evaluate_completions(
         return CompletionEvaluation(_measure([ours], completions)[0], ours)
     theirs = sampler.complete(policy, problems, everything, derived_seed(seed, 1), reference=True)
     measured, of_reference = _measure([ours, theirs], completions)
-    divergence = _divergence(
-        policy, problems.tokens[:kl_prompts], sampler.decoding, derived_seed(seed, 2), rows_at_once or ROWS_AT_ONCE
+    divergence = kl_of_completions(
+        policy,
+        problems.tokens[:kl_prompts],
+        rows_at_once=rows_at_once or ROWS_AT_ONCE,
+        seed=derived_seed(seed, 2),
+        max_new_tokens=sampler.decoding.max_new_tokens,
+        stop=sampler.decoding.stop,
     )
     return CompletionEvaluation(
         measured,
@@ -230,21 +233,3 @@ def _estimates(written: Completions, size: int, binary: Sequence[str]) -> dict[s
         groups = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         estimates["distinct_2_of_prompt"] = mean_with_interval([distinct_n(group, 2) for group in groups])
     return estimates
-
-
-@torch.no_grad()
-def _divergence(
-    policy: LanguagePolicy, prompts: Sequence[Tensor], decoding: Decoding, seed: int, rows_at_once: int
-) -> Tensor:
-    """Return ``[prompts]``, the k3 estimate of KL(π‖π_ref) of one completion of each prompt, drawn from π itself."""
-    samples = policy.generate(
-        prompts, seed=seed, rows_at_once=rows_at_once, max_new_tokens=decoding.max_new_tokens, stop=decoding.stop
-    )
-    was_training = policy.training
-    policy.eval()
-    estimates = [
-        kl_estimate(policy(piece).log_probs, policy.reference_log_probs(piece), "k3").sum(dim=1)
-        for piece in samples.split(rows_at_once)
-    ]
-    policy.train(was_training)
-    return torch.cat(estimates)

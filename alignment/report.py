@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from aligngym.alignment.language_policy import LanguagePolicy
 from aligngym.core.objectives import kl_estimate
 
 
-@torch.no_grad()
 def kl_to_reference(
     policy: LanguagePolicy, prompts: Sequence[Tensor], *, max_new_tokens: int = 64, seed: int = 0
 ) -> tuple[float, float]:
@@ -22,12 +22,31 @@ def kl_to_reference(
         The mean over completions of the sum over tokens of the k3 estimate, in nats, and its standard error (NaN for a
         single prompt). Completions are at most ``max_new_tokens`` long, so it is the divergence up to there.
     """
-    samples = policy.generate(prompts, max_new_tokens=max_new_tokens, seed=seed)
+    estimates = kl_of_completions(policy, prompts, max_new_tokens=max_new_tokens, seed=seed)
+    return float(estimates.mean()), float(estimates.std() / len(estimates) ** 0.5)
+
+
+@torch.no_grad()
+def kl_of_completions(
+    policy: LanguagePolicy, prompts: Sequence[Tensor], *, rows_at_once: int | None = None, **options: Any
+) -> Tensor:
+    """Return ``[prompts]``, the k3 estimate of KL(π‖π_ref) of one completion of each prompt, drawn from π itself.
+
+    Args:
+        policy: π.
+        prompts: token ids.
+        rows_at_once: completions written and read together, to bound memory; ``None``: all.
+        options: of :meth:`LanguagePolicy.generate`.
+    """
+    samples = policy.generate(prompts, rows_at_once=rows_at_once, **options)
     was_training = policy.training
     policy.eval()
-    estimates = kl_estimate(policy(samples).log_probs, policy.reference_log_probs(samples), "k3").sum(dim=1)
+    estimates = [
+        kl_estimate(policy(piece).log_probs, policy.reference_log_probs(piece), "k3").sum(dim=1)
+        for piece in samples.split(rows_at_once or len(samples))
+    ]
     policy.train(was_training)
-    return float(estimates.mean()), float(estimates.std() / len(estimates) ** 0.5)
+    return torch.cat(estimates)
 
 
 def completions_side_by_side(
