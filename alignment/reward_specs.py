@@ -12,7 +12,6 @@ A list with commas between, each ``REWARD[:WEIGHT]``, where the reward is
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +20,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from aligngym.core.suggestions import closest
 
 
 class BuiltIn(NamedTuple):
@@ -124,14 +125,13 @@ def _load(source: str) -> Any:
     """Return the function or class that ``FILE.py:NAME`` or ``MODULE:NAME`` names."""
     place, _, name = source.rpartition(":")
     if not place or place in BUILT_IN:
-        close = difflib.get_close_matches(source, BUILT_IN, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
         problem = f"the weight {name!r} is no number" if place else "no reward has this name"
-        raise ValueError(f"{source!r}: {problem}: {hint}There are {', '.join(BUILT_IN)}, and FILE.py:FUNCTION")
+        raise ValueError(
+            f"{source!r}: {problem}{closest(source, BUILT_IN)}. There are {', '.join(BUILT_IN)}, and FILE.py:FUNCTION"
+        )
     module = _run_file(Path(place).expanduser()) if place.endswith(".py") else _import(place)
     if not hasattr(module, name):
-        close = difflib.get_close_matches(name, dir(module), n=1)
-        raise ValueError(f"{place} has no {name!r}{f': did you mean {close[0]}?' if close else ''}")
+        raise ValueError(f"{place} has no {name!r}{closest(name, dir(module))}")
     return getattr(module, name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
 import inspect
 import math
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aligngym.alignment.reward_specs import read_rewards
+from aligngym.core.suggestions import closest
 
 #: Text, or a conversation as a list of messages.
 Text = str | list[dict[str, Any]]
@@ -114,8 +114,7 @@ class Rewards:
             for needed in _parameters(function)[0]:
                 if needed in PROVIDED or needed in there:
                     continue
-                close = difflib.get_close_matches(needed, [*there, *PROVIDED], n=1)
-                hint = f": did you mean {close[0]}?" if close else ""
+                hint = closest(needed, [*there, *PROVIDED])
                 has = ", ".join(map(repr, columns)) or "none"
                 raise ValueError(f"reward {name!r} needs a column {needed!r}, and the data have {has}{hint}")
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from aligngym.commands.options import closest as closest
 from aligngym.core.schedules import Constant, Decay, Power, Schedule
 
 #: What a value may be, in the order in which a text is tried, and how an error says so.

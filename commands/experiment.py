@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
-from aligngym.commands.constructor_options import closest, schedule_of
+from aligngym.commands.constructor_options import schedule_of
+from aligngym.core.suggestions import closest
 
 if TYPE_CHECKING:
     from aligngym.core import Agent, Policy

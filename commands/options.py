@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from aligngym.core.storage import replacing
+from aligngym.core.suggestions import closest
 
 Options = TypeVar("Options")
 
@@ -67,12 +66,6 @@ def _values_in(options: type[Any], path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown option {name!r}{closest(str(name), described)}")
         values[name] = _checked(f"{path}: {name}", value, *described[name])
     return values
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return ``": did you mean …?"`` if one of the known names resembles this one, otherwise nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {close[0]}?" if close else ""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from aligngym.commands.constructor_options import Option, closest, constructor_options
+from aligngym.commands.constructor_options import Option, constructor_options
 from aligngym.commands.experiment import ALGORITHMS, Experiment, environment_named
 from aligngym.commands.options import read_yaml
 from aligngym.core.storage import replacing
+from aligngym.core.suggestions import closest
 
 if TYPE_CHECKING:
     from aligngym.core import Agent

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from aligngym.commands.experiment import ALGORITHMS, environment_named
 from aligngym.commands.options import Table, read_yaml
 from aligngym.core.callbacks import Callback, Checkpoints, Metrics
+from aligngym.core.suggestions import closest
 
 if TYPE_CHECKING:
     from aligngym.commands.run_folder import Settings
@@ -211,7 +212,6 @@ def continued(recorded: Settings, asked: Settings, given: dict[str, Any], env_gi
 
 def parse(algorithm: str, words: Sequence[str]) -> tuple[Parser, argparse.Namespace]:
     """Read the flags that the algorithm has; their values are still text."""
-    from aligngym.commands.constructor_options import closest
     from aligngym.commands.run_folder import options_of
 
     options = options_of(algorithm)
