@@ -190,11 +190,8 @@ class PolicyGradient(EnvironmentAgent[Experience]):
         batch = Experience.of(trajectories)
         self.policy.eval()
         self._ask_policy(batch)
-        if self.uses_reference:
-            pieces = batch.split(self.micro_batch_size or len(batch))
-            batch.reference_log_probs = torch.cat([self.policy.reference_log_probs(piece) for piece in pieces])
-            if self.beta and self.kl == "reward":
-                batch.rewards = batch.rewards - self.beta * (batch.log_probs - batch.reference_log_probs)
+        if self.uses_reference and self.beta and self.kl == "reward":
+            batch.rewards = batch.rewards - self.beta * (batch.log_probs - batch.reference_log_probs)
         advantages = self.advantages(batch)
         if advantages.dim() == 1:
             advantages = advantages[:, None].expand_as(batch.mask)
@@ -206,16 +203,26 @@ class PolicyGradient(EnvironmentAgent[Experience]):
         return batch
 
     def _ask_policy(self, batch: Experience) -> None:
-        """Fill in what the policy says of a batch, if anything of it is needed and not known."""
+        """Fill in what the policy and its reference say of a batch, if it is needed and not known."""
         unknown = batch.log_probs is None
         several_steps = self.epochs > 1 or self.minibatch_size is not None
-        if not (
+        needed = (
             self.policy.has_critic
             or (unknown and (several_steps or self.uses_reference))
             or (not unknown and self.importance_cap is not None)
-        ):
+        )
+        said, reference = [], []
+        # Both about the same piece in turn, because its rows need then be laid out only once.
+        for rows in self.pieces(batch) if needed or self.uses_reference else []:
+            piece = rows.to(batch.mask.device)
+            if needed:
+                said.append(self.policy(piece))
+            if self.uses_reference:
+                reference.append(self.policy.reference_log_probs(piece))
+        if self.uses_reference:
+            batch.reference_log_probs = torch.cat(reference)
+        if not needed:
             return
-        said = [self.policy(piece) for piece in batch.split(self.micro_batch_size or len(batch))]
         if self.importance_cap is not None:
             batch.sampler_log_probs = batch.log_probs
         if unknown or self.importance_cap is not None:

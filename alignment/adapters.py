@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -49,9 +49,10 @@ def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 def merged_adapter(model: PreTrainedModel) -> Iterator[None]:
     """Add the active adapter to the weights for a block, W + s·BA, so that decoding multiplies once a layer.
 
-    The weights are put back afterwards as they were, bit for bit, which subtracting again would not do; while the block
-    lasts both are in memory. A model with layers that are more than W + s·BA is left alone, and one whose adapted
-    weights serve somewhere else too, as a head's that is tied to the embeddings.
+    The weights change where they are, because a captured CUDA graph reads them there. Afterwards they are put back as
+    they were, bit for bit, which subtracting again would not do; while the block lasts both are in memory. A model with
+    layers that are more than W + s·BA is left alone, and one whose adapted weights serve somewhere else too, as those
+    of a head that is tied to the embeddings.
     """
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     weights = [layer.get_base_layer().weight for layer in layers if _is_mergeable(layer)]
@@ -60,16 +61,17 @@ def merged_adapter(model: PreTrainedModel) -> Iterator[None]:
     if len(weights) < len(layers) or tied:
         yield
         return
-    originals = [weight.data for weight in weights]
-    for layer, weight in zip(layers, weights, strict=True):
-        (name,) = layer.active_adapters
-        weight.data = weight.data + layer.get_delta_weight(name).to(weight.dtype)
-        layer.merged_adapters.append(name)
+    merged: list[tuple[Any, Tensor, Tensor]] = []
     try:
+        for layer, weight in zip(layers, weights, strict=True):
+            (name,) = layer.active_adapters
+            merged.append((layer, weight, weight.data.clone()))
+            weight.data += layer.get_delta_weight(name).to(weight.dtype)
+            layer.merged_adapters.append(name)
         yield
     finally:
-        for layer, weight, original in zip(layers, weights, originals, strict=True):
-            weight.data = original
+        for layer, weight, original in merged:
+            weight.data.copy_(original)
             layer.merged_adapters.clear()
 
 

@@ -57,6 +57,7 @@ class DPO(PreferenceObjective, DatasetAgent[PreferenceBatch]):
         label_smoothing: ε, the share of labels believed to be wrong, in [0, 1/2).
         target_margin: SimPO's γ.
         batch_size: pairs per optimiser step, on all devices together.
+        tokens_per_batch: take as many pairs as have this many tokens at most instead; see :class:`DatasetAgent`.
         learning_rate: see :class:`GradientAgent`, as for the remaining arguments.
         micro_batch_size: pairs computed at once on one device.
         max_grad_norm: see :class:`GradientAgent`.
@@ -76,11 +77,20 @@ class DPO(PreferenceObjective, DatasetAgent[PreferenceBatch]):
         preferences: Source[Preferences],
         *,
         batch_size: int = 8,
+        tokens_per_batch: int | None = None,
         learning_rate: float | Schedule = 2e-4,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(policy, preferences, batch_size=batch_size, learning_rate=learning_rate, seed=seed, **options)
+        super().__init__(
+            policy,
+            preferences,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            learning_rate=learning_rate,
+            seed=seed,
+            **options,
+        )
 
     def next_batch(self) -> PreferenceBatch:
         """Return this process's pairs of the current step."""
@@ -88,7 +98,7 @@ class DPO(PreferenceObjective, DatasetAgent[PreferenceBatch]):
         return PreferenceBatch(self.data[rows], rows)
 
     def reference_of(self, batch: PreferenceBatch) -> Tensor:
-        return self.cached_reference(batch.preferences, batch.rows)
+        return self.cached_reference(batch, batch.preferences)
 
     @torch.no_grad()
     def evaluate(self, preferences: Source[Preferences]) -> dict[str, float]:
@@ -102,8 +112,7 @@ class DPO(PreferenceObjective, DatasetAgent[PreferenceBatch]):
         """
         self.model.eval()
         collected = []
-        for rows in torch.arange(len(preferences)).split(self.micro_batch_size or self.order.batch_size):
-            pairs = preferences[rows].to(self.accelerator.device)
+        for pairs in self.all_pieces(preferences):
             reference = self.reference_log_probs(pairs)
             scores = self.scores(pairs, reference)
             weights = pairs.pair_weights.expand(2, -1)

@@ -7,9 +7,8 @@ product. On a processor that saves about a seventh of the time of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -29,38 +28,107 @@ class FusedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        down, up = a.to(weight.dtype), b.to(weight.dtype)
-        inner = rows @ down.T
-        ctx.save_for_backward(rows, weight, down, up, inner)
+        output, inner = _forward(rows, weight, bias, a, b, scaling)
+        ctx.save_for_backward(rows, weight, a, b, inner)
         ctx.scaling, ctx.shape = scaling, x.shape
-        output = nn.functional.linear(rows, weight, bias).addmm_(inner, up.T, alpha=scaling)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, down, up, inner = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        inner_gradient = (gradient @ up).mul_(ctx.scaling)
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = (gradient @ weight).addmm_(inner_gradient, down).view(ctx.shape)
-        return x_gradient, None, None, inner_gradient.T @ rows, (gradient.T @ inner).mul_(ctx.scaling), None
+        for_x = ctx.needs_input_grad[0]
+        x_gradient, a_gradient, b_gradient = _backward(gradient, ctx.saved_tensors, ctx.scaling, for_x)
+        return x_gradient.view(ctx.shape) if for_x else None, None, None, a_gradient, b_gradient, None
+
+
+def _forward(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``[N, out]`` y and ``[N, r]`` x Aᵀ."""
+    inner = rows @ a.to(weight.dtype).T
+    return nn.functional.linear(rows, weight, bias).addmm_(inner, b.to(weight.dtype).T, alpha=scaling), inner
+
+
+def _backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, for_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ∂L/∂x (empty unless ``for_x``), ∂L/∂A and ∂L/∂B."""
+    rows, weight, a, b, inner = kept
+    inner_gradient = (gradient @ b.to(weight.dtype)).mul_(scaling)
+    x_gradient = rows.new_empty(0)
+    if for_x:
+        x_gradient = (gradient @ weight).addmm_(inner_gradient, a.to(weight.dtype))
+    return x_gradient, (inner_gradient.T @ rows).to(a.dtype), (gradient.T @ inner).mul_(scaling).to(b.dtype)
+
+
+# torch.compile would take the function apart, trace dozens of operations a layer, and add into copies. To it, these are
+# one operation each.
+
+
+@torch.library.custom_op("aligngym::lora", mutates_args=())
+def _lora(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _forward(rows, weight, bias, a, b, scaling)
+
+
+@_lora.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape[0], weight.shape[0]), rows.new_empty(rows.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("aligngym::lora_backward", mutates_args=())
+def _lora_backward(
+    gradient: Tensor, rows: Tensor, weight: Tensor, a: Tensor, b: Tensor, inner: Tensor, scaling: float, for_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(gradient, (rows, weight, a, b, inner), scaling, for_x)
+
+
+@_lora_backward.register_fake
+def _(
+    gradient: Tensor, rows: Tensor, weight: Tensor, a: Tensor, b: Tensor, inner: Tensor, scaling: float, for_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows) if for_x else rows.new_empty(0), torch.empty_like(a), torch.empty_like(b)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows, weight, _, a, b, ctx.scaling = inputs
+    ctx.save_for_backward(rows, weight, a, b, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    for_x = ctx.needs_input_grad[0]
+    x_gradient, a_gradient, b_gradient = _lora_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.scaling, for_x)
+    return x_gradient if for_x else None, None, None, a_gradient, b_gradient, None
+
+
+_lora.register_autograd(_gradients, setup_context=_keep)
+
+
+class FusedLinear(LoraLinear):
+    """peft's layer, computed by :class:`FusedLora` where it is a plain one."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        if self.disable_adapters != self.merged:
+            # peft's own way here, without its detours: no adapter, or one that is in the weights.
+            return self.base_layer(x)
+        if len(self.active_adapters) != 1 or not _is_plain(self, self.active_adapters[0]):
+            return super().forward(x)
+        name, base = self.active_adapters[0], cast(nn.Linear, self.base_layer)
+        a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if not torch.compiler.is_compiling():
+            return FusedLora.apply(x, base.weight, base.bias, a, b, scaling)
+        rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
+        return _lora(rows, base.weight, base.bias, a, b, scaling)[0].view(*x.shape[:-1], -1)
 
 
 def fuse_lora(model: nn.Module) -> None:
     """Let a model's LoRA layers use :class:`FusedLora` where they are plain ones; others stay as peft has them."""
     for layer in model.modules():
-        if isinstance(layer, LoraLinear) and type(layer.get_base_layer()) is nn.Linear:
-            layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
-
-
-def _forward(layer: LoraLinear, by_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or len(layer.active_adapters) != 1 or not _is_plain(layer, layer.active_adapters[0]):
-        return by_peft(x, *args, **kwargs)
-    name, base = layer.active_adapters[0], layer.get_base_layer()
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return FusedLora.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+        if type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear:
+            layer.__class__ = FusedLinear
 
 
 def _is_plain(layer: LoraLinear, name: str) -> bool:
@@ -70,5 +138,5 @@ def _is_plain(layer: LoraLinear, name: str) -> bool:
         and name in layer.lora_A
         and not (layer.disable_adapters or layer.merged or name in layer.lora_variant or layer.lora_bias[name])
         and isinstance(layer.lora_dropout[name], nn.Identity)
-        and not any(parameter.requires_grad for parameter in layer.get_base_layer().parameters())
+        and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
     )

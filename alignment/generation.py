@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
+from aligngym.alignment.completions import Completions, choose
 from aligngym.alignment.data import pad_tokens
 from aligngym.core.trajectories import PADDING, Trajectories
 
-#: Rows that have ended are taken out of the batch once they are more than this share of it: copying the cache of those
-#: that go on costs about as much as a token.
+#: Rows that have ended are taken out of transformers' cache once they are more than this share of it: copying the cache
+#: of those that go on costs about as much as a token.
 FINISHED_SHARE = 0.25
+
+#: After so many tokens the program looks which rows have ended. On a GPU it waits for all that it has ordered, then.
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,56 @@ class Decoding:
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop is a sequence of texts that are not empty, not {self.stop!r}")
 
-    def restrict(self, log_table: Tensor) -> Tensor:
-        """Return ``[N, V]`` log-probabilities of what tokens are drawn from, given those of the policy."""
-        restricted = log_table
+    def restrict(self, scores: Tensor) -> Tensor:
+        """Return ``[N, V]`` scores, −∞ of tokens that are not drawn; a score is a log-probability and any constant."""
         if self.top_k and not self.greedy:
-            restricted = TopKLogitsWarper(self.top_k)(None, restricted)  # type: ignore[arg-type]
+            scores = TopKLogitsWarper(self.top_k)(None, scores)  # type: ignore[arg-type]
         if self.top_p < 1 and not self.greedy:
-            restricted = TopPLogitsWarper(self.top_p)(None, restricted)  # type: ignore[arg-type]
-        return restricted if restricted is log_table else restricted.log_softmax(dim=-1)
+            scores = TopPLogitsWarper(self.top_p)(None, scores)  # type: ignore[arg-type]
+        return scores
+
+    def choose(self, completions: Completions, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the next token in each of the first n slots of some completions.
+
+        Args:
+            completions: whose random numbers and temperature are used.
+            logits: ``[n, V]``.
+
+        Returns:
+            ``[n]`` tokens, and their log-probabilities in what they were drawn from.
+        """
+        scores = self.restrict(logits.float() / completions.temperature)
+        return choose(scores, None if self.greedy else completions.next_uniforms(len(logits)))
+
+
+class Writer(Protocol):
+    """A model that writes: the completions so far, and what it has computed of those that go on."""
+
+    completions: Completions
+
+    def begin(
+        self,
+        prompts: Sequence[Tensor],
+        copies: int,
+        decoding: Decoding,
+        end_tokens: Sequence[int],
+        uniforms: Tensor,
+        temperature: float,
+    ) -> int:
+        """Write the first token of ``copies`` completions of each prompt; return how many slots are used.
+
+        Raises:
+            NotImplementedError: if this writer cannot compute such a batch.
+        """
+
+    def write(self, slots: int) -> None:
+        """Write the next token in the first ``slots``."""
+
+    def slots_for(self, running: int, slots: int) -> int:
+        """Return how many slots to go on with, where so many of ``slots`` have not ended."""
+
+    def shrink(self, slots: int, sources: Tensor, destinations: Tensor) -> None:
+        """Move what is in some slots to others, and go on with the first ``slots``."""
 
 
 @torch.no_grad()
@@ -71,6 +119,7 @@ def complete(
     end_tokens: Sequence[int],
     uniforms: Tensor,
     temperature: float = 1.0,
+    writer: Writer | None = None,
 ) -> Trajectories:
     """Complete every prompt several times.
 
@@ -85,6 +134,7 @@ def complete(
         end_tokens: tokens that end a completion.
         uniforms: ``[N·k, T]`` random numbers in (0, 1], one for every token.
         temperature: what logits are divided by.
+        writer: the model's state while it writes; by default one that any model can have.
 
     Returns:
         N·k rows, those of one prompt adjacent and of one ``group``. ``log_probs`` are those of the distribution that
@@ -97,34 +147,44 @@ def complete(
     """
     if not len(prompts) or not all(map(len, prompts)):
         raise ValueError("there is no prompt" if not len(prompts) else "a prompt has no tokens")
-    device, count, length = model.device, len(prompts) * completions, decoding.max_new_tokens
-    uniforms = uniforms.to(device)
-    observations = pad_tokens(list(prompts), side="left").to(device)
-    actions = torch.full((count, length), PADDING, device=device)
-    log_probs = torch.zeros(count, length, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    writer = _Writer(model, observations, completions)
-    # The rows that are still computed, some of which have ended.
-    rows = torch.arange(count, device=device)
-    for t in range(length):
-        log_table = (writer.logits.float() / temperature).log_softmax(dim=-1)
-        drawn_from = decoding.restrict(log_table)
-        tokens = log_table.argmax(dim=1) if decoding.greedy else _draw(drawn_from, uniforms[rows, t])
-        goes_on = ~ended[rows]
-        written = rows[goes_on]
-        actions[written, t] = tokens[goes_on]
-        log_probs[written, t] = drawn_from.gather(1, tokens[:, None])[goes_on, 0]
-        ends = torch.isin(tokens, torch.tensor(list(end_tokens), device=device, dtype=tokens.dtype))
-        ended[rows] |= ends | _stopped(tokenizer, actions[rows, : t + 1], decoding.stop)
-        running = ~ended[rows]
-        if t + 1 == length or not running.any():
-            break
-        if (~running).float().mean() > FINISHED_SHARE:
-            writer.keep(running)
-            rows, tokens = rows[running], tokens[running]
-        writer.write(tokens)
+    writer = writer or PlainWriter(model)
+    arguments = (prompts, completions, decoding, end_tokens, uniforms, temperature)
+    try:
+        slots = writer.begin(*arguments)
+    except NotImplementedError as error:
+        warnings.warn(f"{error}; writing with transformers' own cache, which is slower", stacklevel=3)
+        writer = PlainWriter(model)
+        slots = writer.begin(*arguments)
+    _write_on(writer, slots, decoding, tokenizer)
+    written = writer.completions
+    actions, log_probs, ended = (x[: len(uniforms)] for x in (written.actions, written.log_probs, written.ended))
     used = int((actions != PADDING).sum(dim=1).max())
-    return completion_rows(observations, actions[:, :used], log_probs[:, :used], ended)
+    observations = pad_tokens(list(prompts), side="left").to(model.device)
+    # Copies, because the writer may write into its tensors again.
+    return completion_rows(observations, actions[:, :used].clone(), log_probs[:, :used].clone(), ended.clone())
+
+
+def _write_on(writer: Writer, slots: int, decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write until every completion has ended or has ``max_new_tokens``, taking ended ones out of the batch."""
+    completions = writer.completions
+    device = completions.actions.device
+    look_every = 1 if decoding.stop else LOOK_EVERY.get(device.type, 1)
+    for written in range(1, decoding.max_new_tokens + 1):
+        if decoding.stop:
+            completions.end_at(decoding.stop, tokenizer, slots, written)
+        if written == decoding.max_new_tokens:
+            return
+        if written % look_every == 0:
+            running = completions.running(slots)
+            if not running.any():
+                return
+            fewer = writer.slots_for(int(running.sum()), slots)
+            if fewer < slots:
+                sources = running[fewer:].nonzero()[:, 0] + fewer
+                destinations = (~running[:fewer]).nonzero()[: len(sources), 0]
+                writer.shrink(fewer, sources.to(device), destinations.to(device))
+                slots = fewer
+        writer.write(slots)
 
 
 def completion_rows(observations: Tensor, actions: Tensor, log_probs: Tensor, ended: Tensor) -> Trajectories:
@@ -151,39 +211,63 @@ def completion_rows(observations: Tensor, actions: Tensor, log_probs: Tensor, en
     )
 
 
-class _Writer:
-    """The model's state while it writes: what it has computed of each row, and what it says of the next token.
+class PlainWriter:
+    """Writing with transformers' own cache, which grows with every token; for any model.
 
     State-space models cannot take rows out of what they remember, and read their whole text again for every token.
 
-    Attributes:
-        logits: ``[rows, V]``, of each row's next token.
+    Args:
+        model: a causal language model.
     """
 
-    def __init__(self, model: PreTrainedModel, observations: Tensor, completions: int) -> None:
+    completions: Completions
+
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         # The whole table of logits is wanted for the last token only.
         parameters = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._cache = None if model._is_stateful else DynamicCache(config=model.config)
-        self._text = observations
-        self.logits = self._compute(observations)
-        if completions > 1:
-            self._text = self._text.repeat_interleave(completions, dim=0)
-            self.logits = self.logits.repeat_interleave(completions, dim=0)
-            if self._cache is not None:
-                self._cache.batch_repeat_interleave(completions)
 
-    def write(self, tokens: Tensor) -> None:
-        """Add a token to every row."""
-        self._text = torch.cat([self._text, tokens[:, None]], dim=1)
-        self.logits = self._compute(self._text if self._cache is None else tokens[:, None])
+    def begin(
+        self,
+        prompts: Sequence[Tensor],
+        copies: int,
+        decoding: Decoding,
+        end_tokens: Sequence[int],
+        uniforms: Tensor,
+        temperature: float,
+    ) -> int:
+        device = self.model.device
+        self.completions = Completions(len(uniforms), uniforms.shape[1], device)
+        self.completions.begin(uniforms, temperature)
+        self._decoding, self._ends = decoding, torch.tensor(list(end_tokens), dtype=torch.long, device=device)
+        self._text = pad_tokens(list(prompts), side="left").to(device)
+        logits = self._compute(self._text).repeat_interleave(copies, dim=0)
+        self._text = self._text.repeat_interleave(copies, dim=0)
+        if self._cache is not None and copies > 1:
+            self._cache.batch_repeat_interleave(copies)
+        self._add(logits)
+        return len(logits)
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but those where ``rows`` is true."""
-        self._text = self._text[rows]
+    def write(self, slots: int) -> None:
+        tokens = self.completions.tokens[:slots, None]
+        self._text = torch.cat([self._text, tokens], dim=1)
+        self._add(self._compute(self._text if self._cache is None else tokens))
+
+    def slots_for(self, running: int, slots: int) -> int:
+        return running if slots - running > FINISHED_SHARE * slots else slots
+
+    def shrink(self, slots: int, sources: Tensor, destinations: Tensor) -> None:
+        self.completions.move(sources, destinations)
+        kept = torch.arange(slots, device=sources.device)
+        kept[destinations] = sources
+        self._text = self._text[kept]
         if self._cache is not None:
-            self._cache.batch_select_indices(rows.nonzero()[:, 0])
+            self._cache.batch_select_indices(kept)
+
+    def _add(self, logits: Tensor) -> None:
+        self.completions.add(*self._decoding.choose(self.completions, logits), self._ends)
 
     def _compute(self, new: Tensor) -> Tensor:
         """Return the next token's logits after ``[rows, n]`` tokens that the model has not read yet."""
@@ -197,21 +281,3 @@ class _Writer:
             **cached,
             **self._options,
         ).logits[:, -1]
-
-
-def _draw(log_table: Tensor, uniforms: Tensor) -> Tensor:
-    """Return ``[N]``, from each row of log-probabilities the first index where they add up to the uniform number."""
-    cumulative = log_table.exp().cumsum(dim=-1)
-    return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None])[:, 0]
-
-
-def _stopped(tokenizer: PreTrainedTokenizerBase, actions: Tensor, stop: Sequence[str]) -> Tensor:
-    """Return ``[N]``, whether the text of a row ends, or has just ended, with one of the ``stop`` texts."""
-    stopped = torch.zeros(len(actions), dtype=torch.bool, device=actions.device)
-    if stop:
-        # A token has a character or a part of one; some more, for those that are no text.
-        reach = max(len(text.encode()) for text in stop) + 8
-        for row, tail in enumerate(actions[:, -reach:].tolist()):
-            text = tokenizer.decode([token for token in tail if token != PADDING])
-            stopped[row] = any(ending in text for ending in stop)
-    return stopped

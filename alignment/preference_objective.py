@@ -106,7 +106,9 @@ class PreferenceObjective(GradientAgent[PreferenceBatch]):
     def scores(self, pairs: Preferences, reference: Tensor | None) -> PairScores:
         """Return what the policy says of some pairs, beside ``[2, B]`` log π_ref."""
         rows = pairs.both()
-        log_probs = self.model(rows).log_probs.sum(dim=1).view(2, -1)
+        # The wrapped model speaks to other devices, which may have no part in an evaluation.
+        model = self.model if torch.is_grad_enabled() else self.policy
+        log_probs = model(rows).log_probs.sum(dim=1).view(2, -1)
         return PairScores(log_probs, rows.lengths.view(2, -1), reference, self.compares)
 
     def reference_log_probs(self, data: Preferences) -> Tensor:

@@ -42,6 +42,8 @@ class StepClassifier(nn.Module):
 
     #: Dropout on the adapter, if there is any, is random.
     deterministic = False
+    steps_at_once = None
+    callbacks = ()
     trainable_state = Policy.trainable_state
     load_trainable_state = Policy.load_trainable_state
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 CONFIG, CHECKPOINT = "config.yaml", "checkpoint.safetensors"
 
+#: What ``--compile`` means to :class:`LanguagePolicy`.
+COMPILE = {"auto": None, "on": True, "off": False}
+
 Options = TypeVar("Options", bound="AdapterOptions")
 
 
@@ -48,7 +51,9 @@ class AdapterOptions:
     epochs: float = option(1.0, "passes over the training rows")
     max_steps: int | None = option(None, "optimiser steps in all, instead of --epochs")
     batch_size: int = option(8, "rows per optimiser step, on all devices together")
-    gradient_accumulation: int = option(1, "pieces a batch is computed in, to save memory; the step is the same")
+    gradient_accumulation: int | None = option(
+        None, "pieces a batch is computed in; the step is the same (default: what the device is best given)"
+    )
     max_grad_norm: float = option(1.0, "longest gradient")
     lora_r: int = option(16, "rank of a new adapter")
     lora_dropout: float = option(0.0, "dropout on a new adapter's input")
@@ -82,6 +87,10 @@ class AdapterOptions:
         """Return how many optimiser steps a run over ``rows`` rows of data takes."""
         return round(self.epochs * -(-rows // self.batch_size)) if self.max_steps is None else self.max_steps
 
+    def micro_batch_size(self, rows: int) -> int | None:
+        """Return how many rows of a batch of ``rows`` are computed at once, if the run was told in how many pieces."""
+        return self.gradient_accumulation and -(-rows // self.gradient_accumulation)
+
     def optimisation(self, steps: int) -> dict[str, Any]:
         """Return what every :class:`GradientAgent` is given for a run of ``steps`` steps."""
         from aligngym.core import Constant, Decay
@@ -93,10 +102,17 @@ class AdapterOptions:
         )
         return {
             "learning_rate": schedule,
-            "micro_batch_size": -(-self.batch_size // self.gradient_accumulation),
+            "micro_batch_size": self.micro_batch_size(self.batch_size),
             "max_grad_norm": self.max_grad_norm,
             "seed": self.seed,
         }
+
+
+@dataclass
+class PolicyOptions(AdapterOptions):
+    """Of a run that trains a language model to write, whatever it learns from."""
+
+    compile: str = option("auto", "compile the model's layers; auto: on a GPU, in long runs", tuple(COMPILE))
 
     def load_policy(self, **options: Any) -> LanguagePolicy:
         """Return the model with its adapter, made with further ``options``; ``dtype`` becomes the one chosen."""
@@ -109,6 +125,7 @@ class AdapterOptions:
             dtype=self.dtype,
             seed=self.seed,
             trust_remote_code=self.trust_remote_code,
+            compile=COMPILE[self.compile],
             **options,
         )
         self.dtype = str(policy.dtype).removeprefix("torch.")
@@ -223,7 +240,7 @@ def train_adapter(
 
 
 @dataclass
-class ComparisonOptions(AdapterOptions):
+class ComparisonOptions(PolicyOptions):
     """Of a run on rows of data that ends with a table of before and after on rows that were held back."""
 
     positive = (*AdapterOptions.positive, "eval_size", "max_length", "max_new_tokens")
@@ -260,6 +277,40 @@ class ComparisonOptions(AdapterOptions):
         if self.eval:
             return train, rows(self.eval)
         return train.hold_back(min(self.eval_size, max(1, len(train) // 5)), self.seed)
+
+
+@dataclass
+class TokenBatchOptions(ComparisonOptions):
+    """Of such a run whose batches may be made of numbers of tokens instead of rows."""
+
+    positive = (*ComparisonOptions.positive, "tokens_per_batch")
+
+    tokens_per_batch: int | None = option(
+        None, "instead of --batch-size: as many rows per step as fit in so many tokens, so that steps cost the same"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_batch is None:
+            return
+        own = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        for name in ("batch_size", "gradient_accumulation"):
+            if getattr(self, name) != own[name]:
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"--tokens-per-batch says how many rows a step has, and so does {flag}: leave one out")
+
+    def batch(self, unit: str) -> str:
+        """Return what a step is made of, in words."""
+        if self.tokens_per_batch is None:
+            return f"{self.batch_size} {unit}"
+        return f"{unit} of at most {self.tokens_per_batch} tokens together"
+
+    def steps_over(self, rows: Any) -> int:
+        """Return how many optimiser steps a run over some rows takes."""
+        from aligngym.alignment.dataset_agent import batch_order
+
+        order = batch_order(rows, self.batch_size, self.tokens_per_batch, self.seed)
+        return order.steps(self.epochs) if self.max_steps is None else self.max_steps
 
 
 def report(

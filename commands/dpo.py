@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from aligngym.commands.adapter_run import ComparisonOptions, report, run_options, train_adapter
+from aligngym.commands.adapter_run import TokenBatchOptions, report, run_options, train_adapter
 from aligngym.commands.options import add_options, option
 
 #: What the table of a finished run shows of :meth:`DPO.evaluate`, under which name and with how many digits.
@@ -25,7 +25,7 @@ LOSS_NAMES = (
 
 
 @dataclass
-class DPOOptions(ComparisonOptions):
+class DPOOptions(TokenBatchOptions):
     """Everything that a run depends on."""
 
     command = "dpo"
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     loss_weights(options.loss)  # Before the model is loaded.
     policy = options.load_policy()
     train, held_back = options.train_and_held_back(load_preferences, policy)
-    steps = options.steps(len(train))
+    steps = options.steps_over(train)
     agent = DPO(
         policy,
         train,
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         label_smoothing=options.label_smoothing,
         target_margin=options.target_margin,
         batch_size=options.batch_size,
+        tokens_per_batch=options.tokens_per_batch,
         **options.optimisation(steps),
     )
     train_adapter(
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         options,
         steps,
         resume=arguments.resume,
-        batch=f"{options.batch_size} pairs",
+        batch=options.batch("pairs"),
         facts={"pairs": options.counts(train, held_back)},
     )
     if agent.is_main_process:

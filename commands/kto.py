@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from aligngym.commands.adapter_run import ComparisonOptions, report, run_options, train_adapter
+from aligngym.commands.adapter_run import TokenBatchOptions, report, run_options, train_adapter
 from aligngym.commands.options import add_options, option
 
 #: What the table of a finished run shows of :meth:`KTO.evaluate`, under which name and with how many digits.
@@ -19,7 +19,7 @@ SHOWN = {
 
 
 @dataclass
-class KTOOptions(ComparisonOptions):
+class KTOOptions(TokenBatchOptions):
     """Everything that a run depends on."""
 
     command = "kto"
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     policy = options.load_policy()
     train, held_back = options.train_and_held_back(load_labelled, policy)
-    steps = options.steps(len(train))
+    steps = options.steps_over(train)
     agent = KTO(
         policy,
         train,
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         desirable_weight=options.desirable_weight,
         undesirable_weight=options.undesirable_weight,
         batch_size=options.batch_size,
+        tokens_per_batch=options.tokens_per_batch,
         **options.optimisation(steps),
     )
     train_adapter(
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         options,
         steps,
         resume=arguments.resume,
-        batch=f"{options.batch_size} rows",
+        batch=options.batch("rows"),
         facts={"rows": options.counts(train, held_back)},
     )
     if agent.is_main_process:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligngym.commands.adapter_run import CONFIG, AdapterOptions, train_adapter
+from aligngym.commands.adapter_run import CONFIG, PolicyOptions, train_adapter
 from aligngym.commands.options import option
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ReinforcementOptions(AdapterOptions):
+class ReinforcementOptions(PolicyOptions):
     """Of a run that learns from rewards of completions."""
 
-    positive = (*AdapterOptions.positive, "group_size", "max_new_tokens", "passes", "minibatches", "eval_size")
+    positive = (*PolicyOptions.positive, "group_size", "max_new_tokens", "passes", "minibatches", "eval_size")
     sources = ("train", "eval")
 
     train: str | None = option(None, "prompts with what rewards need: .json, .jsonl, .csv, .parquet file, or Hub id")
@@ -120,7 +120,7 @@ class ReinforcementOptions(AdapterOptions):
         rows = self.batch_size * self.group_size
         beta = self.beta if self.kl_target is None else AdaptiveKL(self.beta, self.kl_target, self.kl_horizon)
         return self.optimisation(steps) | {
-            "micro_batch_size": -(-rows // (self.minibatches * self.gradient_accumulation)),
+            "micro_batch_size": self.micro_batch_size(-(-rows // self.minibatches)),
             "minibatch_size": None if self.minibatches == 1 else -(-rows // self.minibatches),
             "epochs": self.passes,
             "discount": 1.0,

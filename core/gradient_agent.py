@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from aligngym.core.agent import Agent
-from aligngym.core.callbacks import Metrics
+from aligngym.core.callbacks import Callback, Metrics
 from aligngym.core.policy import Policy
 from aligngym.core.randomness import derived_seed, seeded
 from aligngym.core.schedules import Schedule, as_schedule
 from aligngym.core.trajectories import Rows
 
 Batch = TypeVar("Batch", bound=Rows)
+AnyRows = TypeVar("AnyRows", bound=Rows)
+
+#: How accelerate spreads the parameters of one model over processes.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class GradientAgent(Agent, Generic[Batch]):
     """An agent that improves a policy by gradient steps.
 
     A subclass says where a batch comes from (:meth:`next_batch`) and what its losses are (:meth:`losses`). A batch is
-    what one optimiser step sees, on all devices together; it may be computed in pieces of ``micro_batch_size`` rows to
-    save memory. The sum of all pieces' losses is divided by the weight of the whole batch, so that neither pieces nor
-    devices change the step.
+    what one optimiser step sees, on all devices together; it may be computed in pieces (:meth:`pieces`) to save memory.
+    The sum of all pieces' losses is divided by the weight of the whole batch, so that neither pieces nor devices change
+    the step.
 
     Args:
         policy: what is trained.
         learning_rate: a number, or a :class:`Schedule` over iterations.
         optimizer: a torch optimiser over the policy's parameters; AdamW without weight decay by default.
-        micro_batch_size: rows computed at once on one device; ``None`` computes a batch in one piece.
+        micro_batch_size: rows computed at once on one device; ``None``: as many as the policy is best given.
         max_grad_norm: gradients longer than this are shortened to it; ``None`` leaves them.
         seed: of everything random in training.
         accelerator: for several devices or mixed precision; a plain one by default.
@@ -82,6 +87,10 @@ class GradientAgent(Agent, Generic[Batch]):
         #: An iteration, and how many gradient steps have been taken in it.
         self._taken = (0, 0)
 
+    def learn(self, iterations: int | None = None, *, callbacks: Sequence[Callback] = (), **options: Any) -> Self:
+        """Do ``iterations`` more iterations; see :meth:`Agent.learn`."""
+        return super().learn(iterations, callbacks=[*self.policy.callbacks, *callbacks], **options)
+
     @abstractmethod
     def next_batch(self) -> Batch:
         """Return this process's share of the batch for iteration ``self.iteration``."""
@@ -124,12 +133,27 @@ class GradientAgent(Agent, Generic[Batch]):
             self.optimizer.zero_grad()
         return metrics
 
+    def pieces(self, rows: AnyRows) -> list[AnyRows]:
+        """Return rows in the pieces that they are computed in one after the other, at least one; on any device.
+
+        Pieces have ``micro_batch_size`` rows; or, if that is ``None``, about equal numbers of steps, as many as the
+        policy's ``steps_at_once`` says.
+        """
+        if self.micro_batch_size is not None:
+            return list(rows.split(self.micro_batch_size))
+        steps_at_once = self.policy.steps_at_once
+        # Where parameters are spread over processes, these must call the model equally often, and they may have
+        # different numbers of steps. Where each has all parameters they meet in the last piece alone.
+        if steps_at_once is None or self.accelerator.distributed_type in _SHARDED:
+            return [rows]
+        return rows.host.pieces(steps_at_once)
+
     def backward(self, batch: Batch) -> Metrics:
         """Accumulate the gradient of the mean loss of ``batch``, and return the mean of every metric."""
         accelerator = self.accelerator
         weight = accelerator.reduce(torch.tensor(self.weight(batch), device=accelerator.device), "sum")
         sums: dict[str, Tensor] = {}
-        pieces = list(batch.split(self.micro_batch_size or len(batch)))
+        pieces = self.pieces(batch)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             numbers = (self.seed, self.iteration, self._steps_taken, accelerator.process_index, number)
@@ -188,17 +212,27 @@ class EpochOrder:
         """How many batches cover the dataset once."""
         return -(-self.size // self.batch_size)
 
+    def steps(self, epochs: float, done: int = 0) -> int:
+        """Return how many steps cover the dataset ``epochs`` times, after ``done`` steps."""
+        return round(epochs * self.steps_per_epoch)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """Return all row numbers in the order of an epoch."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+        return torch.randperm(self.size, generator=generator)
+
     def share(self, step: int, process: int, processes: int) -> Tensor:
         """Return the rows of batch ``step`` for one of several processes.
 
-        Every process gets as many rows; what does not divide waits for the next epoch's order.
+        Every process gets as many rows; what does not divide waits for the next epoch's order. A batch of fewer rows
+        than processes has some of them twice, because every process takes part in every step.
         """
         rows = self(step)
-        return rows if processes == 1 else rows[: max(len(rows) // processes, 1) * processes][process::processes]
+        if len(rows) < processes:
+            rows = rows.repeat(processes)[:processes]
+        return rows[: len(rows) // processes * processes][process::processes]
 
     def __call__(self, step: int) -> Tensor:
         """Return the row numbers of batch ``step``, counted from 0."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-        order = torch.randperm(self.size, generator=generator)
-        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return self.permutation(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]

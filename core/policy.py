@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aligngym.core.callbacks import Callback
 from aligngym.core.trajectories import Trajectories
 
 
@@ -38,10 +40,12 @@ class Policy(nn.Module, ABC):
         markov: whether an action's probability depends on the current observation alone, so that steps may be taken
             out of their trajectories.
         deterministic: whether an evaluation draws no random numbers (dropout does).
+        callbacks: what the policy wants to be done around a learner's iterations.
     """
 
     markov: bool = False
     deterministic: bool = False
+    callbacks: Sequence[Callback] = ()
 
     @abstractmethod
     def forward(self, trajectories: Trajectories, *, entropy: bool = False) -> Evaluation:
@@ -60,6 +64,11 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write the policy in the format that others of its kind are read from."""
+
+    @property
+    def steps_at_once(self) -> int | None:
+        """How many steps, observations and actions together, are best evaluated at once; ``None`` if any number is."""
+        return None
 
     @property
     def has_critic(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from itertools import accumulate, groupby, pairwise
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ class Rows:
     Fields are tensors, other ``Rows``, or ``None``.
     """
 
+    #: What these rows were moved from, and the values that came of it.
+    _origin: Any = None
+
     def __len__(self) -> int:
         return next(len(value) for value in self._values() if value is not None)
 
@@ -42,9 +47,70 @@ class Rows:
             return iter([self])
         return (self[slice(start, start + size)] for start in range(0, len(self), size))
 
+    def sizes(self) -> Tensor:
+        """Return ``[3, B]`` integers of every row: observations, actions, and the group whose observations it shares.
+
+        Padding does not count. Rows of which a part is trajectories are as large as these.
+
+        Raises:
+            TypeError: if there are no trajectories in them.
+        """
+        for value in self._values():
+            if isinstance(value, Rows):
+                return value.sizes()
+        raise TypeError(f"{type(self).__name__} holds no trajectories, so it has no steps to count")
+
+    def pieces(self, steps_at_once: int) -> list[Self]:
+        """Return consecutive pieces of at most ``steps_at_once`` steps, as few as can be, and these as even as can be.
+
+        A step is an observation or an action. Rows of one group that stand together count their observations once, and
+        stay in one piece unless they are more than one holds. A row that is larger than a piece is one by itself.
+        """
+        observations, actions, groups = self.sizes().tolist()
+        # Where rows may be cut, and the steps between two such places.
+        places, steps = [0], []
+        for _, members in groupby(range(len(self)), key=groups.__getitem__):
+            rows = list(members)
+            start = observations[rows[0]]
+            taken = [actions[row] for row in rows]
+            # Every part of a group that has to be cut begins with the same observations again.
+            for begin, end in pairwise(even_cuts(taken, steps_at_once - start)):
+                places.append(rows[0] + end)
+                steps.append(start + sum(taken[begin:end]))
+        cuts = [places[cut] for cut in even_cuts(steps, steps_at_once)]
+        return [self] if len(cuts) <= 2 else [self[slice(*ends)] for ends in pairwise(cuts)]
+
     def to(self, device: torch.device | str) -> Self:
         """Return the same rows on ``device``."""
-        return type(self)(*(None if value is None else value.to(device) for value in self._values()))
+        moved = type(self)(*(None if value is None else value.to(device) for value in self._values()))
+        if torch.device(device).type != "cpu" and self._is_on_processor():
+            moved._origin = self, tuple(moved._values())
+        return moved
+
+    @property
+    def host(self) -> Self:
+        """The same rows on the processor: those that they were moved from, if they still are as they were moved.
+
+        To ask a GPU for them would mean to wait until it has done everything that it was given to do.
+        """
+        if self._is_as_moved():
+            return self._origin[0]
+        return self if self._is_on_processor() else self.to("cpu")
+
+    def _is_on_processor(self) -> bool:
+        return all(
+            value._is_on_processor() if isinstance(value, Rows) else value.device.type == "cpu"
+            for value in self._values()
+            if value is not None
+        )
+
+    def _is_as_moved(self) -> bool:
+        """Return whether these rows were moved, and nothing in them was replaced or written to since."""
+        return self._origin is not None and all(
+            value is moved
+            and (value is None or (value._is_as_moved() if isinstance(value, Rows) else value._version == 0))
+            for value, moved in zip(self._values(), self._origin[1], strict=True)
+        )
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
@@ -63,6 +129,27 @@ class Rows:
                 fill = PADDING if field.name in ("observations", "actions") else 0
                 joined.append(torch.cat(_same_length(values, fill)))
         return cls(*joined)
+
+
+def even_cuts(sizes: Sequence[int], limit: int) -> list[int]:
+    """Return where to cut a sequence into parts of at most ``limit``, first 0 and last the number of things in it.
+
+    Parts are as few as possible, and of all ways to cut into so few the largest of them is smallest. Only a thing that
+    is larger than ``limit`` makes a larger part, by itself.
+    """
+    if sum(sizes) <= limit:
+        return [0, len(sizes)]
+    sums = [0, *accumulate(sizes)]
+
+    def cuts(limit: int) -> list[int]:
+        # Parts that are filled in turn are as few as possible: whatever else fits ends no later.
+        found = [0]
+        while found[-1] < len(sizes):
+            found.append(max(found[-1] + 1, bisect_right(sums, sums[found[-1]] + limit) - 1))
+        return found
+
+    fewest = len(cuts(limit))
+    return cuts(bisect_left(range(limit), True, key=lambda smaller: len(cuts(smaller)) <= fewest))
 
 
 def _same_length(tensors: list[Tensor], fill: int) -> list[Tensor]:
@@ -130,6 +217,11 @@ class Trajectories(Rows):
         """``[B]``, how many actions of each row the policy chose."""
         return self.mask.sum(dim=1)
 
+    def sizes(self) -> Tensor:
+        observations, actions = ((rows != PADDING).flatten(1).sum(dim=1) for rows in (self.observations, self.actions))
+        group = torch.arange(len(self), device=actions.device) if self.group is None else self.group.long()
+        return torch.stack([observations, actions, group])
+
     def steps(self) -> Self:
         """Return every action that the policy took as a row of its own, ``[N, 1, …]``, in order of the rows.
 
@@ -193,8 +285,21 @@ class Preferences(Rows):
         """``[B]``, the weights, ones if none were given."""
         return self.chosen.mask.new_ones(len(self), dtype=torch.float32) if self.weights is None else self.weights
 
+    def sizes(self) -> Tensor:
+        observations, chosen, _ = self.chosen.sizes()
+        return torch.stack([observations, chosen + self.rejected.sizes()[1], torch.arange(len(self)).to(chosen)])
+
     def both(self) -> Trajectories:
-        """Return the 2B rows of one batch, chosen first, grouped by pair so that a shared prompt is computed once."""
+        """Return the 2B rows of one batch, chosen first, grouped by pair so that a shared prompt is computed once.
+
+        It is the same object every time, so that whoever lays its rows out need do so only once.
+        """
+        return self._both
+
+    @functools.cached_property
+    def _both(self) -> Trajectories:
+        if self.host is not self:
+            return self.host.both().to(self.chosen.mask.device)
         rows = Trajectories.concatenate([self.chosen, self.rejected])
         rows.group = torch.arange(len(self), device=rows.mask.device).repeat(2)
         return rows

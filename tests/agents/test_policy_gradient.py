@@ -498,3 +498,48 @@ def test_experience_keeps_the_fields_of_its_trajectories():
     assert steps.mask.shape == (5, 1)
     assert steps.advantages[:, 0].tolist() == [0, 1, 3, 4, 5]
     assert float(steps.shares.sum()) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("at_once", [60, 30, 1])
+@pytest.mark.parametrize(
+    "options", [{}, {"beta": 0.2}, {"beta": 0.2, "kl": "k3", "epochs": 2}, {"normalise": "lengths"}]
+)
+def test_pieces_of_equal_numbers_of_tokens_do_not_change_the_step(tiny_policy, monkeypatch, at_once, options):
+    """GRPO on completions in groups: whole, a few groups at a time, one group at a time, one row at a time."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 257, (4, 6), generator=generator).repeat_interleave(4, dim=0)
+    mask = torch.arange(7) < torch.randint(1, 8, (16, 1), generator=generator)
+    actions = torch.randint(0, 257, (16, 7), generator=generator).where(mask, -1)
+    rewards = torch.randn(16, 1, generator=generator) * (torch.arange(7) == mask.sum(1, keepdim=True) - 1)
+    rows = Trajectories(prompts, actions, mask, rewards, terminated=rewards != 0, truncated=mask & False)
+    rows.group = torch.arange(4).repeat_interleave(4)
+    found = {}
+    for size in (None, at_once):
+        policy = tiny_policy()
+        monkeypatch.setattr(type(policy), "steps_at_once", size)
+        agent = GRPO(policy, Given(rows), discount=1.0, learning_rate=0.0, **options)
+        cut = [len(piece) for piece in agent.pieces(rows)]
+        assert cut == {None: [16], 60: [8, 8], 30: [4] * 4, 1: [1] * 16}[size]
+        batch = agent.judge(rows)
+        metrics = agent.backward(next(agent.minibatches(batch)))
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+        found[size] = metrics, gradient, batch.advantages, batch.reference_log_probs
+    (metrics, gradient, *judged), (other, other_gradient, *other_judged) = found[None], found[at_once]
+    assert (other_gradient - gradient).norm() <= 5e-6 * gradient.norm()
+    assert other == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(other_judged, judged, rtol=1e-5, atol=1e-5)
+
+
+def test_policy_and_reference_are_asked_about_the_same_rows(problem, monkeypatch):
+    """One after the other about every piece, so that a language model lays it out once."""
+    _, rows, _ = problem
+    policy, seen = policy_of(problem), []
+    monkeypatch.setattr(type(policy), "steps_at_once", 30)
+    for name in ("forward", "reference_log_probs"):
+        method = getattr(policy, name)
+        monkeypatch.setattr(policy, name, lambda rows, method=method, **_: seen.append(rows) or method(rows))
+    agent = REINFORCE(policy, Given(rows), beta=0.1, epochs=2, learning_rate=1.0)
+    agent.judge(rows)
+    assert [len(piece) for piece in seen[::2]] == [len(piece) for piece in agent.pieces(rows)]
+    assert len(seen) > 4
+    assert all(one is other for one, other in zip(seen[::2], seen[1::2], strict=True))

@@ -214,6 +214,37 @@ def test_pieces_do_not_change_the_gradient_of_an_adapter(tiny_policy, micro_batc
     assert metrics == pytest.approx(whole_metrics, rel=1e-5)
 
 
+@pytest.mark.parametrize(("steps_at_once", "pieces"), [(1000, 1), (40, 4), (1, 7)])
+def test_nor_do_pieces_of_equal_numbers_of_tokens(tiny_policy, monkeypatch, steps_at_once, pieces):
+    found = {}
+    for size in (None, steps_at_once):
+        policy = tiny_policy()
+        monkeypatch.setattr(type(policy), "steps_at_once", size)
+        agent = DPO(policy, language_pairs(), batch_size=7)
+        batch = agent.next_batch()
+        assert len(agent.pieces(batch)) == (1 if size is None else pieces)
+        metrics = agent.backward(batch) | agent.evaluate(language_pairs(9))
+        found[size] = metrics, torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    assert (found[steps_at_once][1] - found[None][1]).norm() <= 2e-6 * found[None][1].norm()
+    assert found[steps_at_once][0] == pytest.approx(found[None][0], rel=1e-5)
+
+
+def test_policy_and_reference_see_the_same_rows_of_every_piece(tiny_policy, monkeypatch):
+    """So that a piece is laid out once; in training, and where it is judged."""
+    policy = tiny_policy()
+    monkeypatch.setattr(type(policy), "steps_at_once", 40)
+    seen = []
+    for name in ("forward", "reference_log_probs"):
+        method = getattr(policy, name)
+        monkeypatch.setattr(policy, name, lambda rows, method=method, **_: seen.append(rows) or method(rows))
+    agent = DPO(policy, language_pairs(), batch_size=7)
+    for ask in (lambda: agent.backward(agent.next_batch()), lambda: agent.evaluate(language_pairs())):
+        seen.clear()
+        ask()
+        assert len(seen) == 8
+        assert all(one is other for one, other in zip(seen[::2], seen[1::2], strict=True))
+
+
 def small_table():
     """Seven pairs of one-step trajectories in one state with four actions, and a table."""
     actions = torch.randint(0, 4, (2, 7, 1), generator=torch.Generator().manual_seed(0))

@@ -1,12 +1,16 @@
 import collections
+import copy
 import itertools
 
 import pytest
 import torch
 from scipy import stats
 
-from aligngym.alignment.adapters import merged_adapter, using_adapter
+from aligngym.alignment.captured_decoding import CachedWriter
+from aligngym.alignment.completions import Completions, choose
+from aligngym.alignment.generation import Decoding, PlainWriter, complete
 from aligngym.alignment.language_policy import LanguagePolicy
+from aligngym.alignment.models import decoder_layers
 from aligngym.core import PADDING, Trajectories
 
 PROMPTS = [torch.tensor(tokens) for tokens in ([5, 6, 7, 8, 9, 10], [20], [30, 31, 32])]
@@ -175,57 +179,183 @@ class TestEnds:
             LanguagePolicy(tiny_policy().model, None, temperature=0.0)
 
 
-class TestAdapters:
-    def test_merging_says_the_same_and_leaves_every_bit_as_it_was(self, tiny_policy):
+class Writing:
+    """A policy's model that writes by one writer or another, and which it was."""
+
+    def __init__(self, policy, vocabulary=257):
+        self.policy, self.vocabulary = policy, vocabulary
+        self.cached = CachedWriter(policy.causal_model)
+
+    def __call__(self, cached, prompts=PROMPTS, copies=2, seed=0, ends=(0,), **decoding):
+        how = Decoding(**{"max_new_tokens": 10, **decoding})
+        uniforms = 1 - torch.rand(
+            len(prompts) * copies, how.max_new_tokens, generator=torch.Generator().manual_seed(seed)
+        )
+        model = self.policy.causal_model
+        writer = self.cached if cached else PlainWriter(model)
+        prompts = [prompt.clamp(max=self.vocabulary - 1) for prompt in prompts]
+        return complete(
+            model, self.policy.tokenizer, prompts, copies, how, end_tokens=ends, uniforms=uniforms, writer=writer
+        )
+
+    def agree(self, **options):
+        cached, plain = self(True, **options), self(False, **options)
+        assert torch.equal(cached.actions, plain.actions)
+        for name in ("observations", "mask", "terminated", "truncated", "group"):
+            assert torch.equal(getattr(cached, name), getattr(plain, name))
+        torch.testing.assert_close(cached.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)
+        return cached
+
+
+PACKED = ["llama", "llama-untied", "qwen2", "qwen3", "gpt2"]
+#: Prompts that begin alike, one of which another goes on with, one twice.
+ALIKE = [torch.tensor(tokens) for tokens in ([5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11], [5, 6, 4], [5, 6, 4])]
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestCachedWriter:
+    @pytest.mark.parametrize("architecture", PACKED)
+    def test_greedy_it_writes_what_transformers_generate_does(self, tiny_policy, architecture):
+        policy = tiny_policy(architecture)
+        assert policy.packed
+        for prompts in (PROMPTS, ALIKE):
+            rows = Writing(policy)(True, prompts, copies=2, greedy=True, ends=(), max_new_tokens=12)
+            for row, prompt in enumerate(prompt for prompt in prompts for _ in range(2)):
+                policy.model.generation_config.eos_token_id = None
+                expected = policy.model.generate(
+                    input_ids=prompt[None], do_sample=False, max_new_tokens=12, pad_token_id=0
+                )
+                assert alone(rows, row) == expected[0, len(prompt) :].tolist()
+
+    @pytest.mark.parametrize("architecture", PACKED)
+    @pytest.mark.parametrize("prompts", [PROMPTS, ALIKE, PROMPTS[:1]], ids=["ragged", "alike", "one"])
+    def test_it_draws_what_the_plain_one_does(self, tiny_policy, architecture, prompts):
+        writing = Writing(tiny_policy(architecture))
+        for options in ({"copies": 1}, {"copies": 3, "top_k": 9}, {"top_p": 0.8}):
+            writing.agree(prompts=prompts, **options)
+
+    def test_rows_leave_and_others_go_on(self, tiny_policy, monkeypatch):
+        writing = Writing(tiny_policy(vocab_size=7), 7)
+        sizes, step = [], CachedWriter._step
+        monkeypatch.setattr(CachedWriter, "_step", lambda self, slots: (sizes.append(slots), step(self, slots))[1])
+        rows = writing.agree(copies=8, max_new_tokens=30)
+        assert rows.lengths.min() < 4
+        assert sizes == [int((rows.lengths > t).sum()) for t in range(1, len(sizes) + 1)]
+
+    def test_a_few_sizes_as_with_graphs(self, tiny_policy, monkeypatch):
+        """Every fourth token only, halves are taken out, and the batch has rows that nobody asked for."""
+        monkeypatch.setattr("aligngym.alignment.generation.LOOK_EVERY", {"cpu": 4})
+        monkeypatch.setattr("aligngym.alignment.captured_decoding.SMALLEST_GRAPH", 3)
+        monkeypatch.setattr(CachedWriter, "_captures_here", property(lambda self: True))
+        sizes = []
+        step = CachedWriter._step
+
+        def write(self, slots):
+            sizes.append(slots)
+            step(self, slots)
+
+        monkeypatch.setattr(CachedWriter, "write", write)
+        writing = Writing(tiny_policy(vocab_size=7), 7)
+        writing.agree(copies=8, max_new_tokens=30)
+        assert set(sizes) == {24, 12, 6, 3}
+        assert sizes == sorted(sizes, reverse=True)
+        sizes.clear()
+        # Ten rows in memory made for 24 take the places of twelve.
+        writing.agree(prompts=PROMPTS[:2], copies=5, seed=3, max_new_tokens=9)
+        assert sizes[0] == 12
+
+    def test_memory_is_kept_until_there_is_no_room(self, tiny_policy):
+        writing = Writing(tiny_policy())
+        writing.agree(copies=4)
+        first = writing.cached.completions, writing.cached.cache
+        writing.agree(prompts=ALIKE, copies=3, max_new_tokens=7, seed=1)
+        assert (writing.cached.completions, writing.cached.cache) == first
+        writing.agree(prompts=ALIKE, copies=4, max_new_tokens=7)
+        second = writing.cached.completions, writing.cached.cache
+        assert second[0].actions.shape == (16, 10)
+        assert second[0] is not first[0]
+        assert second[1] is not first[1]
+
+    def test_other_weights_are_noticed(self, tiny_policy):
         policy = tiny_policy()
-        tokens = torch.arange(1, 9)[None]
-        weights = {name: parameter.clone() for name, parameter in policy.named_parameters()}
-        flags = [parameter.requires_grad for parameter in policy.parameters()]
+        writing = Writing(policy)
+        writing(True)
+        first = writing.cached.cache
         with torch.no_grad():
-            before = policy.model(tokens).logits
-            with merged_adapter(policy.causal_model):
-                layer = policy.causal_model.model.layers[0].self_attn.q_proj
-                assert layer.merged
-                assert not torch.equal(layer.base_layer.weight, weights[_name_of(policy, layer.base_layer.weight)])
-                merged = policy.model(tokens).logits
-            after = policy.model(tokens).logits
-        torch.testing.assert_close(merged, before, rtol=1e-4, atol=1e-4)
-        assert torch.equal(after, before)
-        assert not layer.merged
-        assert all(torch.equal(weights[name], parameter) for name, parameter in policy.named_parameters())
-        assert flags == [parameter.requires_grad for parameter in policy.parameters()]
+            for parameter in policy.parameters():
+                parameter.mul_(1.01)
+        writing.agree()
+        assert writing.cached.cache is first
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.clone()
+        writing.agree()
+        assert writing.cached.cache is not first
 
-    def test_a_head_tied_to_the_embeddings_is_not_merged(self, tiny_policy):
-        policy = tiny_policy(lora={"target_modules": ["lm_head", "q_proj"]})
-        rows = policy.generate(PROMPTS, max_new_tokens=6)
-        torch.testing.assert_close(rows.log_probs, policy(rows).log_probs.detach(), rtol=1e-4, atol=1e-4)
-
-    def test_no_adapter_for_a_block_and_gradients_required_as_before(self, tiny_policy):
+    def test_compiled_layers_write_the_same(self, tiny_policy):
         policy = tiny_policy()
-        tokens = torch.arange(1, 9)[None]
-        flags = [parameter.requires_grad for parameter in policy.parameters()]
-        with torch.no_grad():
-            own = policy.model(tokens).logits
-            with using_adapter(policy.model, None):
-                assert flags == [parameter.requires_grad for parameter in policy.parameters()]
-                without = policy.model(tokens).logits
-            assert not torch.allclose(own, without)
-            assert torch.equal(policy.model(tokens).logits, own)
-        assert flags == [parameter.requires_grad for parameter in policy.parameters()]
+        expected = policy.generate(PROMPTS, completions=2, max_new_tokens=8)
+        compiled = []
 
-    def test_an_error_inside_leaves_the_adapter_at_work(self, tiny_policy):
+        def backend(graph, inputs):
+            compiled.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        for layer in decoder_layers(policy.causal_model):
+            layer.compile(backend=backend, dynamic=True)
+        for number in range(2):
+            rows = policy.generate(PROMPTS, completions=2, max_new_tokens=8)
+            assert torch.equal(rows.actions, expected.actions)
+            if not number:
+                first = len(compiled)
+        # One for all layers and lengths, and perhaps one that took the first numbers for constants.
+        assert 0 < len(compiled) == first <= 2
+
+    def test_a_copy_of_the_policy_writes_for_itself(self, tiny_policy):
         policy = tiny_policy()
-        tokens = torch.arange(1, 9)[None]
-        with torch.no_grad():
-            own = policy.model(tokens).logits
-            for context in (using_adapter(policy.model, None), merged_adapter(policy.causal_model)):
-                with pytest.raises(KeyError), context:
-                    raise KeyError
-                assert torch.equal(policy.model(tokens).logits, own)
+        expected = policy.generate(PROMPTS, max_new_tokens=6)
+        other = copy.deepcopy(policy)
+        for parameter in other.parameters():
+            parameter.data.mul_(1.5)
+        found = other.generate(PROMPTS, max_new_tokens=6)
+        torch.testing.assert_close(found.log_probs, other(found).log_probs.detach(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(policy.generate(PROMPTS, max_new_tokens=6).actions, expected.actions)
+
+    def test_what_it_cannot_compute_is_written_plainly(self, tiny_policy):
+        policy = tiny_policy("mistral")
+        assert policy.packed
+        with pytest.warns(UserWarning, match="sliding window; writing with transformers' own cache"):
+            policy.generate(PROMPTS, max_new_tokens=11)
+
+    def test_it_draws_from_the_bfloat16_models_own_table(self, tiny_policy):
+        policy = tiny_policy(dtype="bfloat16")
+        rows = policy.generate(PROMPTS, completions=3, max_new_tokens=10)
+        torch.testing.assert_close(rows.log_probs, policy(rows).log_probs.detach(), rtol=0.1, atol=0.1)
 
 
-def _name_of(policy, parameter):
-    return next(name for name, other in policy.named_parameters() if other is parameter)
+def test_slots_that_nobody_asked_for_have_ended():
+    completions = Completions(5, 3, torch.device("cpu"))
+    for count in (2, 4):
+        completions.begin(torch.ones(count, 3), 1.0)
+        assert completions.running(5).tolist() == [row < count for row in range(5)]
+
+
+class TestChoose:
+    @pytest.mark.parametrize("size", [5, 128, 300])
+    def test_it_is_the_first_token_at_which_probabilities_come_up_to_the_number(self, size):
+        generator = torch.Generator().manual_seed(size)
+        scores = 3 * torch.randn(1, size, generator=generator) - 700
+        scores[0, ::3] = -torch.inf
+        cumulative = scores.double().softmax(1).cumsum(1)
+        uniforms = torch.cat([torch.linspace(1e-7, 1, 501), torch.ones(1)])
+        tokens, log_probs = choose(scores.expand(len(uniforms), -1), uniforms)
+        exact = torch.searchsorted(cumulative[0] / cumulative[0, -1], uniforms.double())
+        # But for numbers within rounding of a border.
+        assert (tokens != exact).sum() <= 1
+        assert scores[0, tokens].isfinite().all()
+        torch.testing.assert_close(log_probs, scores.double().log_softmax(1)[0, tokens].float(), rtol=1e-5, atol=1e-5)
+        greedy, _ = choose(scores, None)
+        assert greedy == scores.argmax()
 
 
 class TestCritic:

@@ -152,6 +152,16 @@ def test_prompts_are_paired_with_completions_of_other_rows(tiny_policy):
     assert batch.kl.tolist() == pytest.approx([max(0.0, total / 4)] * 4, rel=1e-4, abs=1e-5)
 
 
+def test_an_evaluation_pairs_as_a_batch_in_the_same_order_does(tiny_policy, perturb):
+    policy, rows = tiny_policy(perturbed=False), language_rows()
+    perturb(policy, seed=9)
+    agent = KTO(policy, rows, batch_size=7)
+    agent.next_rows = lambda: torch.arange(7)
+    kl = float(agent.next_batch().kl[0])
+    assert kl > 0
+    assert agent.evaluate(rows)["kl"] == pytest.approx(kl, rel=1e-5)
+
+
 def test_mismatched_rows_are_no_longer_than_the_rows_were():
     prompts = [torch.arange(1, 7), torch.tensor([1])]
     rows = TokenLabelled(prompts, [torch.tensor([7, 8]), torch.arange(10, 15)], [True, False])
@@ -203,6 +213,27 @@ def test_pieces_do_not_change_the_gradient(tiny_policy, perturb, micro_batch_siz
     assert whole_metrics["kl"] > 0
     assert (pieces - whole).norm() <= 1e-5 * whole.norm()
     assert metrics == pytest.approx(whole_metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize(("steps_at_once", "most"), [(1000, 1), (25, 6), (1, 7)])
+def test_nor_do_pieces_of_equal_numbers_of_tokens(tiny_policy, perturb, monkeypatch, steps_at_once, most):
+    """Neither the gradient nor the reference point, in training and where it is judged."""
+    found = {}
+    for size in (None, steps_at_once):
+        policy = tiny_policy(perturbed=False)
+        perturb(policy, seed=9)
+        monkeypatch.setattr(type(policy), "steps_at_once", size)
+        agent = KTO(policy, language_rows(), batch_size=7, undesirable_weight=1.4)
+        batch = agent.next_batch()
+        assert 1 <= len(agent.pieces(batch)) <= (1 if size is None else most)
+        assert (len(agent.pieces(batch)) > 1) == (size is not None and size < 1000)
+        metrics = agent.backward(batch) | {
+            f"judged_{name}": value for name, value in agent.evaluate(language_rows(9)).items()
+        }
+        found[size] = metrics, torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    assert found[None][0]["kl"] > 0
+    assert (found[steps_at_once][1] - found[None][1]).norm() <= 2e-6 * found[None][1].norm()
+    assert found[steps_at_once][0] == pytest.approx(found[None][0], rel=2e-5)
 
 
 @pytest.mark.parametrize("scale", ["table", "adapter"])

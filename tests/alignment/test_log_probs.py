@@ -5,7 +5,8 @@ import torch
 from torch.distributions import Categorical
 
 from aligngym.alignment import log_probs as engine
-from aligngym.alignment.log_probs import Packing, TokenLogProbs, packed_log_probs, padded_log_probs
+from aligngym.alignment.log_probs import TokenLogProbs, packed_log_probs, padded_log_probs
+from aligngym.alignment.packing import Packing
 from aligngym.core import PADDING, Trajectories
 
 VOCABULARY = 257
@@ -265,7 +266,7 @@ def test_token_log_probs_and_their_gradient_are_those_of_a_log_softmax(monkeypat
     bias = torch.randn(31, dtype=torch.float64, generator=generator) if with_bias else None
     targets = torch.randint(0, 31, (10,), generator=generator)
     coefficients = torch.randn(10, dtype=torch.float64, generator=generator)
-    monkeypatch.setattr(engine, "LOGITS_PER_CHUNK", rows_per_chunk * 31)
+    monkeypatch.setitem(engine.LOGITS_PER_CHUNK, "cpu", rows_per_chunk * 31)
     log_probs = TokenLogProbs.apply(hidden, weight, bias, targets)
     exact = torch.nn.functional.linear(hidden, weight, bias).log_softmax(1)[torch.arange(10), targets]
     torch.testing.assert_close(log_probs.double(), exact, rtol=0, atol=2e-6)

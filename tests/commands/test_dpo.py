@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from aligngym.alignment import LanguagePolicy, load_preferences
+from aligngym.alignment import DPO, LanguagePolicy, load_preferences
 from aligngym.alignment.preference_losses import LOSSES
 from aligngym.commands.dpo import LOSS_NAMES
 from aligngym.commands.main import main
@@ -148,6 +148,73 @@ def test_a_killed_run_resumes_to_the_same_bits(arguments, tmp_path, capsys, kill
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+class TestTokensPerBatch:
+    """Pairs of 10 or 11 tokens: prompts, both completions and their ends."""
+
+    @pytest.fixture
+    def arguments(self, arguments):
+        """A run of two epochs."""
+        for flag in ("--batch-size", "--max-steps"):
+            place = arguments.index(flag)
+            arguments = arguments[:place] + arguments[place + 2 :]
+        return [*arguments, "--tokens-per-batch", "50", "--epochs", "2"]
+
+    def test_an_interrupted_run_and_its_repetition_come_to_the_same_bits(
+        self, arguments, tmp_path, capsys, monkeypatch
+    ):
+        sizes = []
+        next_batch = DPO.next_batch
+
+        def watched(agent):
+            batch = next_batch(agent)
+            sizes.append(int(batch.preferences.sizes()[:2].sum()))
+            return batch
+
+        monkeypatch.setattr(DPO, "next_batch", watched)
+        assert main(arguments) == 0
+        run = tmp_path / "run"
+        recorded = yaml.safe_load((run / "config.yaml").read_text())
+        assert recorded["tokens_per_batch"] == 50
+        assert max(sizes) <= 50
+        found = re.search(r"pairs +(\d+) to train on \((\d+) tokens each\)", printed := capsys.readouterr().out)
+        assert f"steps    {len(sizes)} of pairs of at most 50 tokens together\n" in printed
+        # Two epochs, in batches that lack less than a pair.
+        assert sum(sizes) / 2 == pytest.approx(int(found[1]) * int(found[2]), rel=0.05)
+        assert sum(sizes) / 50 <= len(sizes) <= sum(sizes) / 38 + 2
+        assert (run / "metrics.jsonl").read_text().count("\n") == len(sizes)
+
+        def interrupted(agent):
+            if agent.iteration == len(sizes) // 2 + 2:
+                raise KeyboardInterrupt
+            return next_batch(agent)
+
+        killed = [*arguments, "--output", str(tmp_path / "killed"), "--checkpoint-every", "3"]
+        monkeypatch.setattr(DPO, "next_batch", interrupted)
+        assert main(killed) == 130
+        monkeypatch.setattr(DPO, "next_batch", next_batch)
+        assert main([*killed, "--resume"]) == 0
+        assert "together, from step " in capsys.readouterr().out
+        assert main(["dpo", "--config", str(run / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+        whole, *others = (
+            load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("run", "killed", "again")
+        )
+        assert all(torch.equal(whole[name], other[name]) for name in whole for other in others)
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--tokens-per-batch", "0"], "--tokens-per-batch must be at least 1, not 0"),
+            (["--batch-size", "4"], "--tokens-per-batch says how many rows a step has, and so does --batch-size 4"),
+            (["--gradient-accumulation", "2"], "and so does --gradient-accumulation 2: leave one out"),
+            (["--tokens-per-batch", "10"], "has 11 tokens, more than tokens_per_batch=10: allow so many"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, arguments, capsys, tmp_path, flags, message):
+        error = refused(capsys, [*arguments, *flags])
+        assert message in error
+        assert not (tmp_path / "run").exists()
 
 
 #: The command with a pause before every step, so that there is a moment to kill it in.

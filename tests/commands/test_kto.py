@@ -101,6 +101,34 @@ def test_an_interrupted_run_resumes_to_the_same_bits(arguments, tmp_path, monkey
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_batches_of_a_number_of_tokens(arguments, tmp_path, monkeypatch, capsys):
+    """Their epochs, and a run of them that is interrupted."""
+    for flag in ("--batch-size", "--max-steps"):
+        place = arguments.index(flag)
+        arguments = arguments[:place] + arguments[place + 2 :]
+    arguments += ["--tokens-per-batch", "40", "--epochs", "1.5"]
+    sizes, next_batch = [], KTO.next_batch
+
+    def interrupted(agent):
+        batch = next_batch(agent)
+        sizes.append(int(batch.labelled.sizes()[:2].sum()))
+        if "killed" in arguments[-1] and agent.iteration == 5:
+            raise KeyboardInterrupt
+        return batch
+
+    monkeypatch.setattr(KTO, "next_batch", interrupted)
+    assert main(arguments) == 0
+    assert max(sizes) <= 40
+    assert f"steps    {len(sizes)} of rows of at most 40 tokens together\n" in capsys.readouterr().out
+    arguments += ["--checkpoint-every", "2", "--output", str(tmp_path / "killed")]
+    assert main(arguments) == 130
+    monkeypatch.setattr(KTO, "next_batch", next_batch)
+    assert main([*arguments, "--resume"]) == 0
+    assert "together, from step 4\n" in capsys.readouterr().out
+    whole, resumed = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("run", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 @pytest.mark.parametrize("rows", [ROWS, [conversation(row) for row in ROWS]], ids=["text", "messages"])
 def test_tokens_are_those_of_trl(file, own_tokenizer, rows):
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")

@@ -1,8 +1,14 @@
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from aligngym.core import Constant, Decay, EpochOrder, Evaluation, GradientAgent, Policy, TabularPolicy, Trajectories
@@ -95,6 +101,30 @@ class TestStep:
         weights = self.batch.rewards[:, 0]
         length = float((self.batch.lengths * weights).sum() / weights.sum())
         assert metrics == pytest.approx({"loss": loss, "length": length}, rel=1e-6)
+
+    @pytest.mark.parametrize(("steps_at_once", "pieces"), [(None, 1), (1000, 1), (30, None), (12, None), (1, ROWS)])
+    def test_nor_do_pieces_of_equal_numbers_of_steps_change_it(self, steps_at_once, pieces, monkeypatch):
+        policy = table()
+        monkeypatch.setattr(type(policy), "steps_at_once", steps_at_once)
+        agent = Imitation(policy)
+        found = agent.pieces(self.batch)
+        assert 1 < len(found) < ROWS if pieces is None else len(found) == pieces
+        metrics = agent.backward(self.batch)
+        loss, gradient = self.exact()
+        torch.testing.assert_close(policy.logits.grad, gradient, rtol=1e-6, atol=1e-9)
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+
+    def test_a_number_of_rows_comes_before_one_of_steps(self, monkeypatch):
+        agent = Imitation(table(), micro_batch_size=5)
+        monkeypatch.setattr(type(agent.policy), "steps_at_once", 1)
+        assert [len(piece) for piece in agent.pieces(self.batch)] == [5, 5, 1]
+
+    @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+    def test_processes_that_share_parameters_have_as_many_pieces(self, kind, monkeypatch):
+        agent = Imitation(table())
+        monkeypatch.setattr(type(agent.policy), "steps_at_once", 1)
+        agent.accelerator = SimpleNamespace(distributed_type=kind)
+        assert agent.pieces(self.batch) == [self.batch]
 
     @pytest.mark.parametrize("micro_batch_size", [None, 1, 4])
     def test_a_step_shortens_the_gradient_of_the_whole_batch(self, micro_batch_size):
@@ -259,6 +289,20 @@ class TestEpochOrder:
         first = torch.stack([torch.bincount(order(4 * epoch), minlength=8) for epoch in range(epochs)]).sum(0)
         assert ((first / epochs - 0.25).abs() < 4 * math.sqrt(0.25 * 0.75 / epochs)).all()
 
+    def test_processes_share_a_batch(self):
+        order = EpochOrder(11, 8, seed=1)
+        rows = order(0).tolist()
+        shares = [order.share(0, process, 3).tolist() for process in range(3)]
+        assert sorted(row for share in shares for row in share) == sorted(rows[:6])
+        # The last batch has three rows; every one of four processes takes part in it.
+        shares = [order.share(1, process, 4).tolist() for process in range(4)]
+        assert [len(share) for share in shares] == [1] * 4
+        assert {row for share in shares for row in share} == {*order(1).tolist()}
+
+    def test_epochs_in_steps(self):
+        order = EpochOrder(10, 3, seed=0)
+        assert [order.steps(epochs) for epochs in (0, 0.5, 1, 2.25)] == [0, 2, 4, 9]
+
     def test_bad_sizes_are_refused(self):
         for size, batch_size in [(0, 1), (1, 0)]:
             with pytest.raises(ValueError, match="at least one"):
@@ -279,3 +323,61 @@ def test_seeds_are_derived_and_generators_restored():
 
 def test_numbers_are_learning_rates():
     assert Imitation(table(), learning_rate=0.25).schedule == Constant(0.25)
+
+
+#: One of two processes with rows of their own, and so with pieces of their own: the first has many, the other one.
+PROCESS = """
+import sys, torch
+from datetime import timedelta
+from accelerate import Accelerator, InitProcessGroupKwargs
+from aligngym.core import GradientAgent, TabularPolicy, Trajectories
+
+class Imitation(GradientAgent):
+    def next_batch(self):
+        return rows[:7] if self.accelerator.is_main_process else rows[7:]
+    def losses(self, batch):
+        return -self.model(batch).log_probs.sum(1), {}
+    act = evaluate = None
+
+Imitation.__abstractmethods__ = frozenset()
+limit = InitProcessGroupKwargs(timeout=timedelta(seconds=30))
+numbers = torch.arange(24).view(8, 3)
+rows = Trajectories(numbers % 5, numbers % 3, numbers >= 0)
+policy = TabularPolicy(5, 3)
+TabularPolicy.steps_at_once = 6
+agent = Imitation(policy, learning_rate=0.1, accelerator=Accelerator(cpu=True, kwargs_handlers=[limit]))
+assert agent.accelerator.num_processes == 2
+print(len(agent.pieces(agent.next_batch())))
+agent.learn(5, progress=False)
+print(policy.logits.tolist())
+"""
+
+
+def test_processes_may_have_different_numbers_of_pieces():
+    """They wait for one another in the last piece alone, and take the step of all rows together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **environment, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROCESS]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=90)[0].splitlines() for process in processes]
+    assert [lines[0] for lines in outputs] == ["7", "1"]
+    assert outputs[0][1] == outputs[1][1]
+
+    class Alone(Imitation):
+        def next_batch(self):
+            return Trajectories(numbers % 5, numbers % 3, numbers >= 0)
+
+        def losses(self, batch):
+            return -self.model(batch).log_probs.sum(1), {}
+
+        def weight(self, batch):
+            return float(len(batch))
+
+    numbers = torch.arange(24).view(8, 3)
+    alone = learn(Alone(TabularPolicy(5, 3)), 5)
+    torch.testing.assert_close(torch.tensor(json.loads(outputs[0][1])), alone.policy.logits.detach())

@@ -1,0 +1,82 @@
+"""How many tokens' activations fit into a GPU's memory, and what to do when they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from aligngym.alignment.log_probs import hidden_states
+from aligngym.alignment.packing import Packing
+
+#: Tokens computed at once where memory allows more: matrix products are no faster with larger ones, and the small
+#: operations between them find their input in the caches.
+TOKENS_AT_ONCE = 8192
+
+#: Tokens of the pass that measures what one of them needs.
+MEASURED = 512
+
+#: The share of the memory that is free which activations may take: gradients and logits want some.
+SHARE = 0.7
+
+
+class ActivationMemory:
+    """What a model's activations need, measured when first asked for.
+
+    Args:
+        model: a transformers causal language model that runs
+            :func:`~aligngym.alignment.packing.shared_prompt_attention`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    @functools.cached_property
+    def tokens(self) -> float:
+        """The most tokens whose activations fit into the memory that was free when this was first asked for."""
+        device = self._model.device
+        if device.type != "cuda":
+            return float("inf")
+        length = min(MEASURED, getattr(self._model.config.get_text_config(), "max_position_embeddings", MEASURED))
+        row = Packing.of_prompts([torch.zeros(length, dtype=torch.long)], device)
+        with torch.enable_grad():
+            hidden_states(self._model, row.input_ids, row.position_ids, row)  # The first call allocates more than that.
+            before = torch.cuda.memory_allocated(device)
+            states = hidden_states(self._model, row.input_ids, row.position_ids, row)
+            needed = (torch.cuda.memory_allocated(device) - before) / length
+        del states
+        torch.cuda.empty_cache()
+        return int(SHARE * torch.cuda.mem_get_info(device)[0] / max(needed, 1))
+
+    @property
+    def tokens_at_once(self) -> int:
+        """How many tokens to compute at once. A row that is longer than the memory allows is recomputed instead."""
+        return int(min(TOKENS_AT_ONCE, max(self.tokens, MEASURED)))
+
+    def recomputing(self, tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which layers keep their inputs only, if so many tokens' activations would not fit."""
+        fits = not torch.is_grad_enabled() or tokens <= self.tokens
+        return contextlib.nullcontext() if fits else recomputing_layers(self._model)
+
+
+@contextlib.contextmanager
+def recomputing_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Let the layers of passes in a block keep their inputs only, and compute the rest again for their gradients.
+
+    T. Chen et al., *Training deep nets with sublinear memory cost*, 2016.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = False

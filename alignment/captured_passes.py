@@ -1,0 +1,275 @@
+"""A model's passes over packed rows as CUDA graphs.
+
+A step launches thousands of kernels, which takes the processor longer than the GPU needs to run them. A CUDA graph is
+launched as one. Its tensors have fixed shapes and places, so rows are filled up to one of a few lengths with tokens
+that see only each other, and whose gradient is zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from aligngym.alignment.activation_memory import ActivationMemory
+from aligngym.alignment.log_probs import hidden_states, predicting_states
+from aligngym.alignment.packing import Packing, runs_varlen
+
+#: A shape is captured when it comes up for this time: capturing takes about as long as two passes.
+CAPTURED_AT = 2
+
+#: How many keys there may be for each token, most of which are seen by several sequences.
+KEYS_PER_TOKEN = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Shape(NamedTuple):
+    """What the passes over rows of about the same length share.
+
+    Attributes:
+        tokens: of the row; at least one more than any packing that is filled up to it.
+        keys: that the row's sequences see together.
+        sequences: in the row.
+        longest: the most keys that a sequence sees.
+    """
+
+    tokens: int
+    keys: int
+    sequences: int
+    longest: int
+
+    @classmethod
+    def of(cls, packing: Packing) -> Shape | None:
+        """Return the smallest shape for a packing, in which at most a sixteenth of the row is filling."""
+        tokens, keys = packing.input_ids.shape[1], packing.keys.shape[0]
+        step = max(128, 2 ** (tokens.bit_length() - 5))
+        filled = (tokens // step + 1) * step
+        # The filling's tokens are keys as well.
+        enough = [math.ceil(filled * ratio) for ratio in KEYS_PER_TOKEN if filled * ratio >= keys + filled - tokens]
+        if not enough:
+            return None
+        longest = max(packing.longest, filled - tokens)
+        sequences = packing.query_starts.shape[0]
+        return cls(filled, enough[0], 1 << max(6, (sequences - 1).bit_length()), -(-longest // 512) * 512)
+
+
+def blank(shape: Shape, packing: Packing) -> Packing:
+    """Return a packing of some shape, to be filled with others, on the same device as one of them."""
+    device = packing.input_ids.device
+    return dataclasses.replace(
+        packing,
+        input_ids=torch.zeros(1, shape.tokens, dtype=torch.long, device=device),
+        position_ids=torch.zeros(1, shape.tokens, dtype=torch.long, device=device),
+        keys=torch.zeros(shape.keys, dtype=torch.long, device=device),
+        query_starts=torch.zeros(shape.sequences + 1, dtype=torch.int32, device=device),
+        key_starts=torch.zeros(shape.sequences + 1, dtype=torch.int32, device=device),
+        longest=shape.longest,
+    )
+
+
+def fill(place: Packing, packing: Packing) -> None:
+    """Copy a packing into a larger one. The rest of the row is one more sequence, and all others are empty."""
+    tokens, keys, end = packing.input_ids.shape[1], packing.keys.shape[0], place.input_ids.shape[1]
+    place.input_ids[:, :tokens] = packing.input_ids
+    place.position_ids[:, :tokens] = packing.position_ids
+    place.position_ids[:, tokens:] = 0
+    for name, rest in (("keys", end), ("query_starts", end), ("key_starts", keys + end - tokens)):
+        given, whole = getattr(packing, name), getattr(place, name)
+        whole[: given.shape[0]] = given
+        whole[given.shape[0] :] = rest
+    # Those tokens see each other; the keys after them are nobody's, and past the row's end.
+    place.keys[keys : keys + end - tokens] = torch.arange(tokens, end, device=place.keys.device)
+
+
+class CapturedPasses:
+    """Computes hidden states of packed rows, by graphs for shapes that come up often.
+
+    Args:
+        model: a transformers causal language model that runs
+            :func:`~aligngym.alignment.packing.shared_prompt_attention`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.memory = model, ActivationMemory(model)
+        self._layer = next((layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)), None)
+        self._random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.reset()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model has other weights, and captures its own.
+        return type(self), (self.model,)
+
+    def reset(self) -> None:
+        """Forget all graphs, because the model's code or its weights' places have changed."""
+        self._seen: Counter[Any] = Counter()
+        self._passes: dict[Any, _Pass | None] = {}
+        self._pools: dict[Any, _Pool] = {}
+
+    def __call__(self, packing: Packing) -> Tensor:
+        """Return ``[M, H]``, the last hidden states at the places that predict the policy's tokens."""
+        found = self._pass_for(packing)
+        if found is None:
+            with self.memory.recomputing(packing.input_ids.shape[1]):
+                return predicting_states(self.model, packing)
+        if not torch.is_grad_enabled():
+            return found.forward(packing)
+        states: Tensor = _Replayed.apply(found, packing, *found.parameters)
+        return states
+
+    def _pass_for(self, packing: Packing) -> _Pass | None:
+        """Return the captured pass, which is made if the shape comes up often enough."""
+        if not runs_varlen(packing.input_ids.device, self.model.dtype) or (self.model.training and self._random):
+            return None
+        shape = Shape.of(packing)
+        if shape is None or shape.tokens > self.memory.tokens:
+            return None
+        with_gradient, layer = torch.is_grad_enabled(), self._layer
+        adapters = layer and (tuple(layer.active_adapters), layer.disable_adapters, layer.merged)
+        # Weights that have moved leave their graphs behind.
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        places = tuple(weight.data_ptr() for weight in (next(self.model.parameters()), *parameters[:1]))
+        at_work = (with_gradient, adapters, places)
+        pool = self._pools.setdefault(at_work, _Pool())
+        if pool.in_use:
+            return None
+        key = (shape, at_work)
+        self._seen[key] += 1
+        if key not in self._passes and self._seen[key] >= CAPTURED_AT:
+            try:
+                self._passes[key] = _Pass(self.model, packing, shape, parameters * with_gradient, pool)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                self._passes[key] = None
+        return self._passes.get(key)
+
+
+class _Pool:
+    """The memory that the graphs of passes share which never run at the same time.
+
+    A pass with gradients keeps its activations there until its backward pass has run, or nobody can ask for it.
+    """
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self._owner: weakref.ref[_Owner] | None = None
+
+    @property
+    def in_use(self) -> bool:
+        return self._owner is not None and self._owner() is not None
+
+    def claim(self) -> _Owner:
+        owner = _Owner()
+        self._owner = weakref.ref(owner)
+        return owner
+
+
+class _Owner:
+    """Whoever may still ask for a backward pass."""
+
+
+class _Pass:
+    """One shape's pass.
+
+    Args:
+        model: as above.
+        packing: one of this shape, to run through before capturing.
+        shape: of the row.
+        parameters: whose gradients are wanted; none: a forward pass only.
+        pool: of the graphs' memory.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, packing: Packing, shape: Shape, parameters: list[nn.Parameter], pool: _Pool
+    ) -> None:
+        self._model, self.pool = model, pool
+        self._packing = blank(shape, packing)
+        fill(self._packing, packing)
+        with _aliases(model, parameters) as aliases:
+            self._capture(parameters, aliases)
+
+    def _capture(self, parameters: list[nn.Parameter], aliases: list[nn.Parameter]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # What is compiled or planned for a new length must be so before the capture.
+            states = self._run()
+            self._gradient = torch.zeros_like(states)
+            found = torch.autograd.grad(states, aliases, self._gradient, allow_unused=True) if aliases else ()
+        torch.cuda.current_stream().wait_stream(stream)
+        used = [number for number, gradient in enumerate(found) if gradient is not None]
+        self.parameters = [parameters[number] for number in used]
+        del states, found
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward, pool=self.pool.handle):
+            states = self._run()
+        if aliases:
+            with torch.cuda.graph(self._backward, pool=self.pool.handle):
+                gradients = torch.autograd.grad(states, [aliases[number] for number in used], self._gradient)
+                self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
+        self._states = states.detach()
+
+    def _run(self) -> Tensor:
+        return hidden_states(self._model, self._packing.input_ids, self._packing.position_ids, self._packing)
+
+    def forward(self, packing: Packing) -> Tensor:
+        """Return the hidden states at the packing's predictors."""
+        fill(self._packing, packing)
+        self._forward.replay()
+        return self._states[packing.predictors]
+
+    def backward(self, packing: Packing, gradient: Tensor) -> list[Tensor]:
+        """Return the parameters' gradients, given that of what :meth:`forward` returned last."""
+        self._gradient.zero_().index_add_(0, packing.predictors, gradient.to(self._gradient.dtype))
+        self._backward.replay()
+        # The graph will overwrite its own.
+        pieces = self._gradients.clone().split([parameter.numel() for parameter in self.parameters])
+        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+
+
+@contextlib.contextmanager
+def _aliases(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Put others in the place of some parameters for a block, with the same storage.
+
+    Autograd's nodes for the parameters themselves may belong to the stream that training runs on, which a capture must
+    not touch.
+    """
+    aliases = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in aliases
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = aliases[id(parameter)]
+    try:
+        yield list(aliases.values())
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+class _Replayed(torch.autograd.Function):
+    """A captured pass as a function of the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: _Pass, packing: Packing, *_: Tensor) -> Tensor:
+        ctx.captured, ctx.packing, ctx.owner = captured, packing, captured.pool.claim()
+        return captured.forward(packing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.owner is None:
+            raise RuntimeError("the gradients of a captured pass can be computed once only")
+        ctx.owner = None
+        return None, None, *ctx.captured.backward(ctx.packing, gradients[0])

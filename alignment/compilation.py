@@ -1,0 +1,46 @@
+"""Whether a run is long enough to earn back the compilation of its model."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from aligngym.core.callbacks import Callback, Metrics
+
+if TYPE_CHECKING:
+    from aligngym.alignment.language_policy import LanguagePolicy
+    from aligngym.core.agent import Agent
+
+#: Seconds that compiling a model's layers takes, and the share of a step that it saves.
+COST, SAVED = 30.0, 0.25
+
+#: Iterations whose time says how long the others will take.
+TIMED = 5
+
+
+class Compilation(Callback):
+    """Has a policy's layers compiled if what is left of a run on a GPU is long enough for it.
+
+    Args:
+        policy: what to compile.
+    """
+
+    def __init__(self, policy: LanguagePolicy) -> None:
+        self._policy = policy
+
+    def on_start(self, agent: Agent, iterations: int | None) -> None:
+        self._left = math.inf if iterations is None else iterations
+        self._times: deque[float] = deque(maxlen=TIMED)
+        self._last = time.perf_counter()
+
+    def on_iteration(self, agent: Agent, metrics: Metrics) -> None:
+        now = time.perf_counter()
+        self._times.append(now - self._last)
+        self._last, self._left = now, self._left - 1
+        if self._policy.compiled or self._policy.device.type != "cuda" or len(self._times) < TIMED:
+            return
+        if self._left * statistics.median(self._times) * SAVED > COST:
+            self._policy.compile_layers()
