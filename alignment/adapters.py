@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,35 +13,44 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+AdapterLayer = BaseTunerLayer | AuxiliaryTrainingWrapper
+
+
+def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
+    """Return the layers of a model that have adapters."""
+    return [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
 
 @contextlib.contextmanager
-def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Let the adapter ``name`` be the active one of every layer for a block; ``None``: the model without an adapter.
+def using_adapter(layers: Sequence[AdapterLayer], name: str | None) -> Iterator[None]:
+    """Let the adapter ``name`` be the active one of some layers for a block; ``None``: the layers without an adapter.
 
-    Which parameters require gradients stays as it is, although peft's own switches change that: several adapters may be
-    trained at once, as an actor and its critic are.
+    Which parameters require gradients stays as it is: several adapters may be trained at once, as an actor and its
+    critic are. peft's own switches change that, every time for all parameters, and take longer than a pass on a GPU.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    before = [(list(layer.active_adapters), bool(layer.disable_adapters)) for layer in layers]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def switch(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, active: list[str], disabled: bool) -> None:
-        layer.set_adapter(active)
-        layer.enable_adapters(not disabled)
-
-    def restore_gradients() -> None:
-        for parameter, flag in trained:
-            parameter.requires_grad_(flag)
-
-    for layer, (active, _) in zip(layers, before, strict=True):
-        switch(layer, active if name is None else [name], name is None)
-    restore_gradients()
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter = layer._active_adapter if name is None else [name]
+        layer._disable_adapters = name is None
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            switch(layer, active, disabled)
-        restore_gradients()
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@contextlib.contextmanager
+def without_casts(layers: Sequence[AdapterLayer], active: bool) -> Iterator[None]:
+    """Keep some layers from casting their input to the dtype of their adapters for a block, if ``active``."""
+    casting: list[Any] = [layer for layer in layers if isinstance(layer, BaseTunerLayer)] if active else []
+    before = [layer.cast_input_dtype_enabled for layer in casting]
+    for layer in casting:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(casting, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 @contextlib.contextmanager

@@ -22,11 +22,13 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from aligngym.alignment.activation_memory import ActivationMemory
+from aligngym.alignment.fused_lora import FusedLinear
 from aligngym.alignment.log_probs import hidden_states, predicting_states
 from aligngym.alignment.packing import Packing, runs_varlen
 
-#: A shape is captured when it comes up for this time: capturing takes about as long as two passes.
-CAPTURED_AT = 2
+#: A shape is captured when it comes up for this time: capturing takes about as long as two passes. Where layers are
+#: compiled the run is known to be long.
+CAPTURED_AT, COMPILED_AT = 2, 1
 
 #: How many keys there may be for each token, most of which are seen by several sequences.
 KEYS_PER_TOKEN = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -96,20 +98,26 @@ class CapturedPasses:
     Args:
         model: a transformers causal language model that runs
             :func:`~aligngym.alignment.packing.shared_prompt_attention`.
+
+    Attributes:
+        memory: what activations may take.
+        random: whether the model draws random numbers while it is trained.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.memory = model, ActivationMemory(model)
         self._layer = next((layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)), None)
-        self._random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         self.reset()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model has other weights, and captures its own.
         return type(self), (self.model,)
 
-    def reset(self) -> None:
-        """Forget all graphs, because the model's code or its weights' places have changed."""
+    def reset(self, compiled: bool = False) -> None:
+        """Forget all graphs, because the model's code has changed: perhaps its layers are ``compiled`` now."""
+        self._compiled = compiled
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._seen: Counter[Any] = Counter()
         self._passes: dict[Any, _Pass | None] = {}
         self._pools: dict[Any, _Pool] = {}
@@ -127,7 +135,7 @@ class CapturedPasses:
 
     def _pass_for(self, packing: Packing) -> _Pass | None:
         """Return the captured pass, which is made if the shape comes up often enough."""
-        if not runs_varlen(packing.input_ids.device, self.model.dtype) or (self.model.training and self._random):
+        if not runs_varlen(packing.input_ids.device, self.model.dtype) or (self.model.training and self.random):
             return None
         shape = Shape.of(packing)
         if shape is None or shape.tokens > self.memory.tokens:
@@ -135,17 +143,16 @@ class CapturedPasses:
         with_gradient, layer = torch.is_grad_enabled(), self._layer
         adapters = layer and (tuple(layer.active_adapters), layer.disable_adapters, layer.merged)
         # Weights that have moved leave their graphs behind.
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        places = tuple(weight.data_ptr() for weight in (next(self.model.parameters()), *parameters[:1]))
+        places = tuple(weight.data_ptr() for weight in (next(self.model.parameters()), *self._parameters[:1]))
         at_work = (with_gradient, adapters, places)
         pool = self._pools.setdefault(at_work, _Pool())
         if pool.in_use:
             return None
         key = (shape, at_work)
         self._seen[key] += 1
-        if key not in self._passes and self._seen[key] >= CAPTURED_AT:
+        if key not in self._passes and self._seen[key] >= (COMPILED_AT if self._compiled else CAPTURED_AT):
             try:
-                self._passes[key] = _Pass(self.model, packing, shape, parameters * with_gradient, pool)
+                self._passes[key] = _Pass(self.model, packing, shape, self._parameters * with_gradient, pool)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 self._passes[key] = None
@@ -193,7 +200,8 @@ class _Pass:
         self._model, self.pool = model, pool
         self._packing = blank(shape, packing)
         fill(self._packing, packing)
-        with _aliases(model, parameters) as aliases:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        with self._aliases(parameters) as aliases:
             self._capture(parameters, aliases)
 
     def _capture(self, parameters: list[nn.Parameter], aliases: list[nn.Parameter]) -> None:
@@ -214,8 +222,37 @@ class _Pass:
         if aliases:
             with torch.cuda.graph(self._backward, pool=self.pool.handle):
                 gradients = torch.autograd.grad(states, [aliases[number] for number in used], self._gradient)
-                self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
+                self._gradients = torch.cat([gradient.flatten() for gradient in gradients]).float()
         self._states = states.detach()
+
+    @contextlib.contextmanager
+    def _aliases(self, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """Put others in the place of some parameters for a block, with the same storage.
+
+        Autograd's nodes for the parameters themselves may belong to the stream that training runs on, which a capture
+        must not touch. What LoRA layers would cast to the dtype of their weights in every pass is copied at once.
+        """
+        dtype = self._model.dtype
+        lora = [layer for layer in self._model.modules() if isinstance(layer, FusedLinear)]
+        lower = {id(own) for layer in lora for own in layer.parameters() if own.dtype != dtype}
+        aliases: dict[int, nn.Parameter] = {}
+        for parameter in parameters:
+            own = parameter.detach()
+            aliases[id(parameter)] = nn.Parameter(own.to(dtype) if id(parameter) in lower else own)
+            self._copies += [(aliases[id(parameter)].detach(), own)] if id(parameter) in lower else []
+        places: list[tuple[nn.Module, str, Any]] = [
+            (module, name, parameter)
+            for module in self._model.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in aliases
+        ]
+        for module, name, parameter in places:
+            module._parameters[name] = aliases[id(parameter)]
+        try:
+            yield list(aliases.values())
+        finally:
+            for module, name, parameter in places:
+                module._parameters[name] = parameter
 
     def _run(self) -> Tensor:
         return hidden_states(self._model, self._packing.input_ids, self._packing.position_ids, self._packing)
@@ -223,6 +260,9 @@ class _Pass:
     def forward(self, packing: Packing) -> Tensor:
         """Return the hidden states at the packing's predictors."""
         fill(self._packing, packing)
+        if self._copies:
+            copies, originals = zip(*self._copies, strict=True)
+            torch._foreach_copy_(copies, originals)
         self._forward.replay()
         return self._states[packing.predictors]
 
@@ -233,29 +273,6 @@ class _Pass:
         # The graph will overwrite its own.
         pieces = self._gradients.clone().split([parameter.numel() for parameter in self.parameters])
         return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
-
-
-@contextlib.contextmanager
-def _aliases(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Put others in the place of some parameters for a block, with the same storage.
-
-    Autograd's nodes for the parameters themselves may belong to the stream that training runs on, which a capture must
-    not touch.
-    """
-    aliases = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
-    places = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in aliases
-    ]
-    for module, name, parameter in places:
-        module._parameters[name] = aliases[id(parameter)]
-    try:
-        yield list(aliases.values())
-    finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
 
 
 class _Replayed(torch.autograd.Function):

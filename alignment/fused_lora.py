@@ -27,7 +27,7 @@ class FusedLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        rows, a, b = x.reshape(-1, x.shape[-1]).to(weight.dtype), a.to(weight.dtype), b.to(weight.dtype)
         output, inner = _forward(rows, weight, bias, a, b, scaling)
         ctx.save_for_backward(rows, weight, a, b, inner)
         ctx.scaling, ctx.shape = scaling, x.shape
@@ -46,18 +46,16 @@ def _forward(
     rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``[N, out]`` y and ``[N, r]`` x Aᵀ."""
-    inner = rows @ a.to(weight.dtype).T
-    return nn.functional.linear(rows, weight, bias).addmm_(inner, b.to(weight.dtype).T, alpha=scaling), inner
+    inner = rows @ a.T
+    return nn.functional.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scaling), inner
 
 
 def _backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, for_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return ∂L/∂x (empty unless ``for_x``), ∂L/∂A and ∂L/∂B."""
     rows, weight, a, b, inner = kept
-    inner_gradient = (gradient @ b.to(weight.dtype)).mul_(scaling)
-    x_gradient = rows.new_empty(0)
-    if for_x:
-        x_gradient = (gradient @ weight).addmm_(inner_gradient, a.to(weight.dtype))
-    return x_gradient, (inner_gradient.T @ rows).to(a.dtype), (gradient.T @ inner).mul_(scaling).to(b.dtype)
+    inner_gradient = (gradient @ b).mul_(scaling)
+    x_gradient = (gradient @ weight).addmm_(inner_gradient, a) if for_x else rows.new_empty(0)
+    return x_gradient, inner_gradient.T @ rows, (gradient.T @ inner).mul_(scaling)
 
 
 # torch.compile would take the function apart, trace dozens of operations a layer, and add into copies. To it, these are
@@ -120,7 +118,7 @@ class FusedLinear(LoraLinear):
         a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         if not torch.compiler.is_compiling():
             return FusedLora.apply(x, base.weight, base.bias, a, b, scaling)
-        rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
+        rows, a, b = (y.to(base.weight.dtype) for y in (x.reshape(-1, x.shape[-1]), a, b))
         return _lora(rows, base.weight, base.bias, a, b, scaling)[0].view(*x.shape[:-1], -1)
 
 

@@ -12,11 +12,10 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aligngym.alignment.adapters import merged_adapter, using_adapter
+from aligngym.alignment.adapters import AdapterLayer, adapter_layers, merged_adapter, using_adapter, without_casts
 from aligngym.alignment.captured_decoding import CachedWriter
 from aligngym.alignment.captured_passes import CapturedPasses
 from aligngym.alignment.compilation import Compilation
@@ -89,6 +88,7 @@ class LanguagePolicy(Policy):
             self._add_critic()
         fuse_lora(model)
         self._last: tuple[Any, Packing] | None = None
+        self._layers: tuple[tuple[str, ...], list[AdapterLayer]] | None = None
         self._passes = CapturedPasses(self.causal_model)
         self._writer = CachedWriter(self.causal_model)
         self.packed = packed and self._packing_agrees()
@@ -239,7 +239,7 @@ class LanguagePolicy(Policy):
             layer.compile(dynamic=True)
         # Otherwise the first layer, whose input has no gradient, would be compiled once more for itself.
         self.causal_model.enable_input_require_grads()
-        self._passes.reset()
+        self._passes.reset(compiled=True)
 
     def _packed_or_padded(self, packed: Callable[[], Computed], padded: Callable[[], Computed]) -> Computed:
         if self.packed:
@@ -325,26 +325,37 @@ class LanguagePolicy(Policy):
         lower = self.dtype in (torch.bfloat16, torch.float16)
         with (
             torch.autocast(self.device.type, dtype=self.dtype, enabled=lower, cache_enabled=False),
-            disable_input_dtype_casting(self.model, active=lower),
+            without_casts(self._adapter_layers, lower),
         ):
             yield
 
+    @property
+    def _adapter_layers(self) -> list[AdapterLayer]:
+        """The layers with adapters, which are looked for once for as many adapters as there are."""
+        names = tuple(self.model.peft_config)
+        if self._layers is None or self._layers[0] != names:
+            self._layers = names, adapter_layers(self.model)
+        return self._layers[1]
+
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:
-        was_training = self.training
-        self.eval()
+        # Going through all modules takes long, and makes a difference to those that draw random numbers.
+        was_training = self.training and self._passes.random
+        if was_training:
+            self.eval()
         try:
             with self.using_adapter(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
                 yield
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
     def using_adapter(self, name: str | None) -> AbstractContextManager[None]:
         """Return a context in which another of the model's adapters is at work, or none.
 
         Which parameters require gradients does not change.
         """
-        return using_adapter(self.model, name)
+        return using_adapter(self._adapter_layers, name)
 
     @torch.no_grad()
     def _packing_agrees(self) -> bool:

@@ -82,7 +82,7 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same rows on ``device``."""
-        moved = type(self)(*(None if value is None else value.to(device) for value in self._values()))
+        moved = type(self)(*(None if value is None else _moved(value, device) for value in self._values()))
         if torch.device(device).type != "cpu" and self._is_on_processor():
             moved._origin = self, tuple(moved._values())
         return moved
@@ -129,6 +129,13 @@ class Rows:
                 fill = PADDING if field.name in ("observations", "actions") else 0
                 joined.append(torch.cat(_same_length(values, fill)))
         return cls(*joined)
+
+
+def _moved(value: Tensor | Rows, device: torch.device | str) -> Tensor | Rows:
+    if isinstance(value, Tensor) and value.device.type == "cpu" and torch.device(device).type == "cuda":
+        # From pinned memory it is copied without waiting for what the GPU was given to do before.
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def even_cuts(sizes: Sequence[int], limit: int) -> list[int]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from aligngym.alignment.adapters import merged_adapter, using_adapter
+from aligngym.alignment.adapters import merged_adapter
 
 PROMPTS = [torch.tensor(tokens) for tokens in ([5, 6, 7, 8, 9, 10], [20], [30, 31, 32])]
 
@@ -41,7 +41,7 @@ class TestAdapters:
         flags = [parameter.requires_grad for parameter in policy.parameters()]
         with torch.no_grad():
             own = policy.model(tokens).logits
-            with using_adapter(policy.model, None):
+            with policy.using_adapter(None):
                 assert flags == [parameter.requires_grad for parameter in policy.parameters()]
                 without = policy.model(tokens).logits
             assert not torch.allclose(own, without)
@@ -53,7 +53,7 @@ class TestAdapters:
         tokens = torch.arange(1, 9)[None]
         with torch.no_grad():
             own = policy.model(tokens).logits
-            for context in (using_adapter(policy.model, None), merged_adapter(policy.causal_model)):
+            for context in (policy.using_adapter(None), merged_adapter(policy.causal_model)):
                 with pytest.raises(KeyError), context:
                     raise KeyError
                 assert torch.equal(policy.model(tokens).logits, own)

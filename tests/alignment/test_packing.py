@@ -201,3 +201,23 @@ class TestCapturing:
         assert len(passes.made) == 1
         passes(row)
         assert len(passes.made) == 2
+
+
+def test_parameters_are_replaced_while_a_pass_is_captured(tiny_policy):
+    """By others with the same storage, or by copies in the dtype that a LoRA layer would cast them to."""
+    policy = tiny_policy(dtype="bfloat16", critic=True)
+    model = policy.causal_model
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    made = object.__new__(captured_passes._Pass)
+    made._model, made._copies = model, []
+    with made._aliases(parameters) as aliases:
+        assert {id(parameter) for parameter in model.parameters()} >= {id(alias) for alias in aliases}
+        assert all(alias.dtype == torch.bfloat16 and alias.requires_grad for alias in aliases)
+    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in parameters]
+    with torch.no_grad():
+        parameters[0].fill_(3)
+    copies, originals = zip(*made._copies, strict=True)
+    torch._foreach_copy_(copies, originals)
+    assert (aliases[0] == 3).all()
+    with made._aliases([model.get_input_embeddings().weight]) as (alias,):
+        assert alias.data_ptr() == model.get_input_embeddings().weight.data_ptr()
