@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from aligngym.alignment.adapters import adapter_layers, using_adapter, without_casts
 from aligngym.alignment.log_probs import hidden_states
 from aligngym.alignment.packing import Packing
 
@@ -72,11 +74,32 @@ def recomputing_layers(model: PreTrainedModel) -> Iterator[None]:
     T. Chen et al., *Training deep nets with sublinear memory cost*, 2016.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    again = _same_adapters(model)
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again())
+        )
     try:
         yield
     finally:
         for layer in layers:
             layer.gradient_checkpointing = False
+
+
+def _same_adapters(model: PreTrainedModel) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return what makes a context in which a model's adapters are as they are now.
+
+    Layers are computed again when gradients are asked for: the critic's adapter, say, is no longer at work then.
+    """
+    layers = adapter_layers(model)
+    tuned: list[Any] = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+    name = None if not tuned or tuned[0].disable_adapters else tuned[0].active_adapters[0]
+    uncast = bool(tuned) and not tuned[0].cast_input_dtype_enabled
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with using_adapter(layers, name), without_casts(layers, uncast):
+            yield
+
+    return again

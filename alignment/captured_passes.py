@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -153,7 +154,8 @@ class CapturedPasses:
         if key not in self._passes and self._seen[key] >= (COMPILED_AT if self._compiled else CAPTURED_AT):
             try:
                 self._passes[key] = _Pass(self.model, packing, shape, self._parameters * with_gradient, pool)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # Too little memory, or a model that waits for its own results.
+                warnings.warn(f"a pass cannot be captured, so it takes longer: {error}", stacklevel=2)
                 torch.cuda.empty_cache()
                 self._passes[key] = None
         return self._passes.get(key)

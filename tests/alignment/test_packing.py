@@ -205,7 +205,7 @@ class TestCapturing:
 
 def test_parameters_are_replaced_while_a_pass_is_captured(tiny_policy):
     """By others with the same storage, or by copies in the dtype that a LoRA layer would cast them to."""
-    policy = tiny_policy(dtype="bfloat16", critic=True)
+    policy = tiny_policy(dtype="bfloat16")
     model = policy.causal_model
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     made = object.__new__(captured_passes._Pass)
