@@ -47,7 +47,8 @@ class ActivationMemory:
             return float("inf")
         length = min(MEASURED, getattr(self._model.config.get_text_config(), "max_position_embeddings", MEASURED))
         row = Packing.of_prompts([torch.zeros(length, dtype=torch.long)], device)
-        with torch.enable_grad():
+        # Compiled layers need less, and are not to be compiled for this.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             hidden_states(self._model, row.input_ids, row.position_ids, row)  # The first call allocates more than that.
             before = torch.cuda.memory_allocated(device)
             states = hidden_states(self._model, row.input_ids, row.position_ids, row)

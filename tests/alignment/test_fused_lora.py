@@ -114,3 +114,22 @@ def test_lower_precision_computes_in_that_of_the_frozen_weights():
     ):
         # bfloat16 has eight bits; each result is rounded a handful of times.
         assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+def test_to_a_compiler_it_is_one_operation_for_all_layers_and_lengths():
+    """The outputs and gradients stay, and another layer or length is not compiled again."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = make(True, target_modules=["second"]), make(True, target_modules=["second"])
+    layers = [compiled.base_model.model.second, make(True, target_modules=["second"]).base_model.model.second]
+    for layer in layers:
+        layer.compile(dynamic=True, backend="aot_eager")
+    for length in (4, 9, 6):
+        x = torch.randn(length, 7, dtype=torch.float64)
+        expected = outputs_and_gradients(plain.base_model.model.second, x)
+        found = outputs_and_gradients(layers[0], x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        outputs_and_gradients(layers[1], x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.compiler.reset()
