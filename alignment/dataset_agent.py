@@ -166,9 +166,14 @@ class DatasetAgent(GradientAgent[Batch]):
         """Return the numbers of this process's rows of the current step."""
         return self.order.share(self.iteration, self.accelerator.process_index, self.accelerator.num_processes)
 
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows to take out of a dataset together: many if they are cut into pieces, and else a batch."""
+        return self.order.batch_size if self.steps_at_once is None else ROWS_AT_ONCE
+
     def all_pieces(self, data: Source[Rows]) -> Iterator[Any]:
         """Yield all rows of a dataset, in the pieces that they are computed in, on the agent's device."""
-        for rows in torch.arange(len(data)).split(ROWS_AT_ONCE):
+        for rows in torch.arange(len(data)).split(self.rows_at_once):
             for piece in self.pieces(data[rows]):
                 yield piece.to(self.accelerator.device)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligngym.alignment.dataset_agent import ROWS_AT_ONCE, DatasetAgent, Source
+from aligngym.alignment.dataset_agent import DatasetAgent, Source
 from aligngym.alignment.token_rows import Labelled
 from aligngym.core import objectives
 from aligngym.core.policy import Policy
@@ -195,7 +195,7 @@ class KTO(DatasetAgent[LabelledBatch]):
             log_probs = self.policy(own.trajectories).log_probs.sum(dim=1)
             reference = self.reference_log_probs(own)[0]
             collected.append(torch.stack([log_probs, reference, own.desirable.float(), own.row_weights]))
-        for rows in torch.arange(count).split(ROWS_AT_ONCE):
+        for rows in torch.arange(count).split(self.rows_at_once):
             own, others = labelled[rows], labelled[(rows + 1) % count]
             log_ratios = self._log_ratios(self.mismatched(own, others))
             kl += float((log_ratios * own.row_weights.to(log_ratios.device)).sum())

@@ -31,6 +31,9 @@ from aligngym.core.trajectories import Trajectories
 #: What the packed and the padded path compute alike.
 Computed = TypeVar("Computed")
 
+#: Tokens computed at once where they are padded rows, all of whose logits are there together.
+PADDED_TOKENS_AT_ONCE = 4096
+
 REFERENCE_ADAPTER = "reference"
 CRITIC_ADAPTER = "critic"
 
@@ -189,7 +192,7 @@ class LanguagePolicy(Policy):
     def steps_at_once(self) -> int | None:
         """How many tokens are best computed at once, in the memory that there is."""
         if not self.packed:
-            return None
+            return PADDED_TOKENS_AT_ONCE
         with self._computing():
             return self._passes.memory.tokens_at_once
 

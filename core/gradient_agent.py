@@ -141,12 +141,16 @@ class GradientAgent(Agent, Generic[Batch]):
         """
         if self.micro_batch_size is not None:
             return list(rows.split(self.micro_batch_size))
-        steps_at_once = self.policy.steps_at_once
+        at_once = self.steps_at_once
+        return [rows] if at_once is None else rows.host.pieces(at_once)
+
+    @property
+    def steps_at_once(self) -> int | None:
+        """How many steps a piece has at most, if pieces are cut by steps."""
         # Where parameters are spread over processes, these must call the model equally often, and they may have
         # different numbers of steps. Where each has all parameters they meet in the last piece alone.
-        if steps_at_once is None or self.accelerator.distributed_type in _SHARDED:
-            return [rows]
-        return rows.host.pieces(steps_at_once)
+        cut_by_rows = self.micro_batch_size is not None or self.accelerator.distributed_type in _SHARDED
+        return None if cut_by_rows else self.policy.steps_at_once
 
     def backward(self, batch: Batch) -> Metrics:
         """Accumulate the gradient of the mean loss of ``batch``, and return the mean of every metric."""

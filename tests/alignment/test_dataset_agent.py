@@ -158,3 +158,22 @@ def test_rows_larger_than_a_batch_are_refused():
             DPO(policy, data, tokens_per_batch=tokens_per_batch)
     with pytest.raises(ValueError, match="at least two rows"):
         KTO(policy, labelled(1), tokens_per_batch=100)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mamba"])
+def test_a_whole_dataset_is_never_judged_at_once(tiny_policy, architecture, monkeypatch):
+    """Neither by packed nor by padded rows, with or without a number of rows that are computed at once."""
+    policy = tiny_policy(architecture, **({} if architecture == "llama" else {"lora": {"target_modules": ["in_proj"]}}))
+    generator = torch.Generator().manual_seed(0)
+    tokens = [[torch.randint(1, 200, (40,), generator=generator) for _ in range(70)] for _ in range(3)]
+    seen, own = [], type(policy).forward
+    monkeypatch.setattr(
+        type(policy), "forward", lambda self, rows, **o: seen.append(rows.sizes()) or own(self, rows, **o)
+    )
+    for options, most in (({}, 8192), ({"micro_batch_size": 2}, 2 * 120)):
+        seen.clear()
+        DPO(policy, TokenPreferences(*tokens), batch_size=4, **options).evaluate(TokenPreferences(*tokens))
+        # Every pair's prompt counts once.
+        counts = [int(sizes[0].sum() / 2 + sizes[1].sum()) for sizes in seen]
+        assert sum(counts) == 70 * 120
+        assert max(counts) <= most
