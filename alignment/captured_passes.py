@@ -173,9 +173,11 @@ class _Pool:
 
     @property
     def in_use(self) -> bool:
+        """Whether somebody may still ask for a backward pass whose activations are there."""
         return self._owner is not None and self._owner() is not None
 
     def claim(self) -> _Owner:
+        """Return what the memory is in use for as long as somebody holds it."""
         owner = _Owner()
         self._owner = weakref.ref(owner)
         return owner

@@ -211,7 +211,7 @@ def completion_rows(observations: Tensor, actions: Tensor, log_probs: Tensor, en
     )
 
 
-class PlainWriter:
+class PlainWriter(Writer):
     """Writing with transformers' own cache, which grows with every token; for any model.
 
     State-space models cannot take rows out of what they remember, and read their whole text again for every token.
