@@ -16,6 +16,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def global_seed():
     """Tests draw from explicit generators; what libraries draw globally is at least the same in every order."""

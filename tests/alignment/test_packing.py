@@ -221,3 +221,19 @@ def test_parameters_are_replaced_while_a_pass_is_captured(tiny_policy):
     assert (aliases[0] == 3).all()
     with made._aliases([model.get_input_embeddings().weight]) as (alias,):
         assert alias.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_rows_are_laid_out_again_if_they_have_changed(tiny_policy, change):
+    policy, rows = tiny_policy(), make(BATCHES["pairs"])
+    before = policy(rows).log_probs
+    assert policy._packed(rows)[0] is policy._packed(rows)[0]
+    if change == "in place":
+        rows.actions[0, 0] = 250
+    else:
+        rows.actions = rows.actions.where(rows.actions != rows.actions[0, 0], 250)
+    fresh = make(BATCHES["pairs"])
+    fresh.actions = rows.actions.clone()
+    after = policy(rows).log_probs
+    assert (after - before).abs().max() > 0.01
+    assert torch.equal(after, policy(fresh).log_probs)
