@@ -21,6 +21,11 @@ def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
     return [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
+def adapters_at_work(layer: BaseTunerLayer) -> tuple[str, ...]:
+    """Return which adapters a layer computes: none if they are off, or in its weights."""
+    return () if layer.merged or layer.disable_adapters else tuple(layer.active_adapters)
+
+
 @contextlib.contextmanager
 def using_adapter(layers: Sequence[AdapterLayer], name: str | None) -> Iterator[None]:
     """Let the adapter ``name`` be the active one of some layers for a block; ``None``: the layers without an adapter.

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aligngym.alignment.adapters import adapters_at_work
 from aligngym.alignment.completions import Completions
 from aligngym.alignment.generation import Decoding
 from aligngym.alignment.log_probs import hidden_states
@@ -110,12 +111,8 @@ class CachedWriter:
 
     def _what_a_step_does(self, end_tokens: Sequence[int]) -> tuple[Any, ...]:
         """Return all that a graph depends on besides numbers in memory."""
-        # With its adapter merged or off, a layer is only what it adapts.
-        adapters = tuple(
-            () if layer.merged or layer.disable_adapters else tuple(layer.active_adapters)
-            for layer in self.model.modules()
-            if isinstance(layer, BaseTunerLayer)
-        )
+        layers = (layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer))
+        adapters = tuple(map(adapters_at_work, layers))
         drawing = (self._decoding.greedy, self._decoding.top_k, self._decoding.top_p, *end_tokens)
         return adapters, drawing, _is_compiled(self.model), torch.is_autocast_enabled(self.model.device.type)
 
@@ -125,15 +122,7 @@ class CachedWriter:
 
     def _step(self, slots: int) -> None:
         """Compute the last tokens of the first ``slots``, and draw and write the next ones."""
-        device = self.model.device.type
-        # What autocast remembers of one step, the next must not read.
-        autocast = torch.autocast(
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-            cache_enabled=False,
-        )
-        with autocast, self.cache.attached():
+        with self.cache.attached():
             places = self.cache.begin_step(slots)
             tokens = self.completions.tokens[:slots]
             hidden = hidden_states(self.model, tokens[None], places[None], self.cache)

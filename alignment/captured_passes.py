@@ -12,7 +12,7 @@ import dataclasses
 import math
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from aligngym.alignment.activation_memory import ActivationMemory
+from aligngym.alignment.adapters import adapters_at_work
 from aligngym.alignment.fused_lora import FusedLinear
 from aligngym.alignment.log_probs import hidden_states, predicting_states
 from aligngym.alignment.packing import Packing, runs_varlen
@@ -121,7 +122,7 @@ class CapturedPasses:
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._seen: Counter[Any] = Counter()
         self._passes: dict[Any, _Pass | None] = {}
-        self._pools: dict[Any, _Pool] = {}
+        self._pools: defaultdict[Any, _Pool] = defaultdict(_Pool)
 
     def __call__(self, packing: Packing) -> Tensor:
         """Return ``[M, H]``, the last hidden states at the places that predict the policy's tokens."""
@@ -141,19 +142,20 @@ class CapturedPasses:
         shape = Shape.of(packing)
         if shape is None or shape.tokens > self.memory.tokens:
             return None
-        with_gradient, layer = torch.is_grad_enabled(), self._layer
-        adapters = layer and (tuple(layer.active_adapters), layer.disable_adapters, layer.merged)
+        with_gradient = torch.is_grad_enabled()
+        adapters = self._layer and adapters_at_work(self._layer)
         # Weights that have moved leave their graphs behind.
         places = tuple(weight.data_ptr() for weight in (next(self.model.parameters()), *self._parameters[:1]))
         at_work = (with_gradient, adapters, places)
-        pool = self._pools.setdefault(at_work, _Pool())
+        pool = self._pools[at_work]
         if pool.in_use:
             return None
         key = (shape, at_work)
         self._seen[key] += 1
         if key not in self._passes and self._seen[key] >= (COMPILED_AT if self._compiled else CAPTURED_AT):
             try:
-                self._passes[key] = _Pass(self.model, packing, shape, self._parameters * with_gradient, pool)
+                parameters = self._parameters if with_gradient else []
+                self._passes[key] = _Pass(self.model, packing, shape, parameters, pool)
             except RuntimeError as error:  # Too little memory, or a model that waits for its own results.
                 warnings.warn(f"a pass cannot be captured, so it takes longer: {error}", stacklevel=2)
                 torch.cuda.empty_cache()

@@ -326,6 +326,7 @@ class LanguagePolicy(Policy):
     def _computing(self) -> Iterator[None]:
         """Multiply in the dtype of the frozen weights, although the adapter's own weights are float32."""
         lower = self.dtype in (torch.bfloat16, torch.float16)
+        # What autocast remembered of one pass or step, a captured one would read for ever.
         with (
             torch.autocast(self.device.type, dtype=self.dtype, enabled=lower, cache_enabled=False),
             without_casts(self._adapter_layers, lower),

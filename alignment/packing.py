@@ -222,11 +222,8 @@ class _Layout:
                 ids.append(completion)
                 positions.append(len(prompt) + np.arange(len(completion)))
                 end += len(completion)
-                if not number:
-                    query_lengths.append(len(rest) + len(own))
-                elif len(own):
-                    query_lengths.append(len(own))
-                if not number or len(own):
+                if queries := len(own) if number else len(rest) + len(own):
+                    query_lengths.append(queries)
                     keys.append(np.concatenate([seen, own]))
             self.groups.append((len(prompt) - self.prefix, [len(completion) for completion in completions]))
         self._ids, self._positions = np.concatenate(ids), np.concatenate(positions)
