@@ -33,60 +33,72 @@ def using_adapter(layers: Sequence[AdapterLayer], name: str | None) -> Iterator[
     Which parameters require gradients stays as it is: several adapters may be trained at once, as an actor and its
     critic are. peft's own switches change that, every time for all parameters, and take longer than a pass on a GPU.
     """
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        layer._active_adapter = layer._active_adapter if name is None else [name]
-        layer._disable_adapters = name is None
-    try:
+    active = {} if name is None else {"_active_adapter": [name]}
+    with _having(layers, _disable_adapters=name is None, **active):
         yield
-    finally:
-        for layer, active, disabled in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 @contextlib.contextmanager
 def without_casts(layers: Sequence[AdapterLayer], active: bool) -> Iterator[None]:
     """Keep some layers from casting their input to the dtype of their adapters for a block, if ``active``."""
-    casting: list[Any] = [layer for layer in layers if isinstance(layer, BaseTunerLayer)] if active else []
-    before = [layer.cast_input_dtype_enabled for layer in casting]
-    for layer in casting:
-        layer.cast_input_dtype_enabled = False
+    casting = [layer for layer in layers if isinstance(layer, BaseTunerLayer)] if active else []
+    with _having(casting, cast_input_dtype_enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def _having(layers: Sequence[Any], **attributes: Any) -> Iterator[None]:
+    """Give some layers other attributes for a block, and then their own again.
+
+    Not by assignment, in which a module looks for parameters first: with hundreds of layers that takes milliseconds.
+    """
+    before = [{name: getattr(layer, name) for name in attributes} for layer in layers]
+    for layer in layers:
+        vars(layer).update(attributes)
     try:
         yield
     finally:
-        for layer, enabled in zip(casting, before, strict=True):
-            layer.cast_input_dtype_enabled = enabled
+        for layer, own in zip(layers, before, strict=True):
+            vars(layer).update(own)
 
 
 @contextlib.contextmanager
 @torch.no_grad()
-def merged_adapter(model: PreTrainedModel) -> Iterator[None]:
+def merged_adapter(model: PreTrainedModel, layers: Sequence[AdapterLayer]) -> Iterator[None]:
     """Add the active adapter to the weights for a block, W + s·BA, so that decoding multiplies once a layer.
 
     The weights change where they are, because a captured CUDA graph reads them there. Afterwards they are put back as
     they were, bit for bit, which subtracting again would not do; while the block lasts both are in memory. A model with
     layers that are more than W + s·BA is left alone, and one whose adapted weights serve somewhere else too, as those
     of a head that is tied to the embeddings.
+
+    Args:
+        model: a causal language model.
+        layers: its :func:`adapter_layers`.
     """
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    weights = [layer.get_base_layer().weight for layer in layers if _is_mergeable(layer)]
+    tuned: list[Any] = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
     embeddings: Any = model.get_input_embeddings()
-    tied = any(weight is embeddings.weight for weight in weights)
-    if len(weights) < len(layers) or tied:
+    if not all(_is_mergeable(layer) and layer.base_layer.weight is not embeddings.weight for layer in tuned):
         yield
         return
     merged: list[tuple[Any, Tensor, Tensor]] = []
     try:
-        for layer, weight in zip(layers, weights, strict=True):
+        for layer in tuned:
             (name,) = layer.active_adapters
-            merged.append((layer, weight, weight.data.clone()))
-            weight.data += layer.get_delta_weight(name).to(weight.dtype)
+            weight = layer.base_layer.weight.data
+            merged.append((layer, weight, weight.clone()))
+            _add(weight, layer.lora_B[name].weight, layer.lora_A[name].weight, layer.scaling[name])
             layer.merged_adapters.append(name)
         yield
     finally:
         for layer, weight, original in merged:
-            weight.data.copy_(original)
+            weight.copy_(original)
             layer.merged_adapters.clear()
+
+
+def _add(weight: Tensor, b: Tensor, a: Tensor, scaling: float) -> None:
+    """Add s·BA to a weight, where it is."""
+    weight.addmm_(b.to(weight.dtype), a.to(weight.dtype), alpha=scaling)
 
 
 def _is_mergeable(layer: BaseTunerLayer) -> bool:

@@ -8,7 +8,6 @@ where they are, from one rollout to the next.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aligngym.alignment.adapters import adapters_at_work
+from aligngym.alignment.compilation import compiled
 from aligngym.alignment.completions import Completions
 from aligngym.alignment.generation import Decoding
+from aligngym.alignment.joint_products import computing_jointly, joint_products
 from aligngym.alignment.log_probs import hidden_states
 from aligngym.alignment.packing import Packing
 from aligngym.alignment.row_cache import Prefill, RowCache
@@ -56,6 +57,9 @@ class CachedWriter:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.captures = True
+        # Going through a large model takes longer than a token.
+        self._modules = list(model.modules())
+        self._layer = next((layer for layer in self._modules if isinstance(layer, BaseTunerLayer)), None)
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._all_ends: dict[tuple[int, ...], Tensor] = {}
         self._weights: tuple[Any, ...] | None = None
@@ -82,10 +86,11 @@ class CachedWriter:
         # Graphs read these too.
         ends = torch.tensor(list(end_tokens), dtype=torch.long, device=self.model.device)
         self._ends = self._all_ends.setdefault(tuple(end_tokens), ends)
+        self._compiled = any(module._compiled_call_impl is not None for module in self._modules)
         self._program = self._what_a_step_does(end_tokens)
         self.completions.begin(uniforms, temperature)
         # A prompt is computed once: that pays for no compilation.
-        eager = torch.compiler.set_stance("force_eager") if _is_compiled(self.model) else contextlib.nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
         with eager:
             prefill = Prefill(packing, self.cache, copies, length)
             hidden = hidden_states(self.model, packing.input_ids, packing.position_ids, prefill)
@@ -94,8 +99,8 @@ class CachedWriter:
 
     def _make_room(self, rows: int, length: int, capacity: int) -> None:
         device = self.model.device
-        read = itertools.chain(self.model.parameters(), self.model.buffers())
-        weights = (device, *((x.data_ptr(), x.dtype) for x in read))
+        read = (x for module in self._modules for x in (*module._parameters.values(), *module._buffers.values()))
+        weights = (device, *((x.data_ptr(), x.dtype) for x in read if x is not None))
         if weights == self._weights:
             had, had_length = self.completions.actions.shape
             if rows <= had and length <= had_length and capacity <= self.cache.capacity:
@@ -104,25 +109,25 @@ class CachedWriter:
             del self.completions, self.cache
         for kept in (self.graphs, self._warm, self._all_ends):
             kept.clear()
-        self._weights = weights
+        self._weights, self._joint = weights, joint_products(self.model)
         self.completions, self.cache = Completions(rows, length, device), RowCache(rows, capacity, device)
         if device.type == "cuda":
             self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def _what_a_step_does(self, end_tokens: Sequence[int]) -> tuple[Any, ...]:
         """Return all that a graph depends on besides numbers in memory."""
-        layers = (layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer))
-        adapters = tuple(map(adapters_at_work, layers))
+        adapters = self._layer and adapters_at_work(self._layer)
         drawing = (self._decoding.greedy, self._decoding.top_k, self._decoding.top_p, *end_tokens)
-        return adapters, drawing, _is_compiled(self.model), torch.is_autocast_enabled(self.model.device.type)
+        return adapters, drawing, self._compiled, torch.is_autocast_enabled(self.model.device.type)
 
     def _add(self, hidden: Tensor) -> None:
         logits = self.model.get_output_embeddings()(hidden)
-        self.completions.add(*self._decoding.choose(self.completions, logits), self._ends)
+        draw = compiled(_draw) if self._compiled else _draw
+        draw(self.completions, self._decoding, logits, self._ends)
 
     def _step(self, slots: int) -> None:
         """Compute the last tokens of the first ``slots``, and draw and write the next ones."""
-        with self.cache.attached():
+        with self.cache.attached(), computing_jointly(self._joint):
             places = self.cache.begin_step(slots)
             tokens = self.completions.tokens[:slots]
             hidden = hidden_states(self.model, tokens[None], places[None], self.cache)
@@ -179,5 +184,5 @@ class CachedWriter:
             self.cache.move(sources, destinations)
 
 
-def _is_compiled(model: PreTrainedModel) -> bool:
-    return any(module._compiled_call_impl is not None for module in model.modules())
+def _draw(completions: Completions, decoding: Decoding, logits: Tensor, ends: Tensor) -> None:
+    completions.add(*decoding.choose(completions, logits), ends)

@@ -26,6 +26,7 @@ from aligngym.alignment.activation_memory import ActivationMemory
 from aligngym.alignment.adapters import adapters_at_work
 from aligngym.alignment.fused_lora import FusedLinear
 from aligngym.alignment.log_probs import hidden_states, predicting_states
+from aligngym.alignment.models import draws_random_numbers
 from aligngym.alignment.packing import Packing, runs_varlen
 
 #: A shape is captured when it comes up for this time: capturing takes about as long as two passes. Where layers are
@@ -63,7 +64,7 @@ class Shape(NamedTuple):
             return None
         longest = max(packing.longest, filled - tokens)
         sequences = packing.query_starts.shape[0]
-        return cls(filled, enough[0], 1 << max(6, (sequences - 1).bit_length()), -(-longest // 512) * 512)
+        return cls(filled, enough[0], 1 << max(6, (sequences - 1).bit_length()), -(-longest // 1024) * 1024)
 
 
 def blank(shape: Shape, packing: Packing) -> Packing:
@@ -109,7 +110,7 @@ class CapturedPasses:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.memory = model, ActivationMemory(model)
         self._layer = next((layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)), None)
-        self.random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.random = any(draws_random_numbers(module) for module in model.modules())
         self.reset()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,18 +1,24 @@
-"""Whether a run is long enough to earn back the compilation of its model."""
+"""Compiling a model: whether a run is long enough to earn it back, and what is compiled besides the layers."""
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
 
 from aligngym.core.callbacks import Callback, Metrics
 
 if TYPE_CHECKING:
     from aligngym.alignment.language_policy import LanguagePolicy
     from aligngym.core.agent import Agent
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Seconds that compiling a model's layers takes, and the share of a step that it saves.
 COST, SAVED = 30.0, 0.25
@@ -44,3 +50,9 @@ class Compilation(Callback):
             return
         if self._left * statistics.median(self._times) * SAVED > COST:
             self._policy.compile_layers()
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """Return a function compiled for all lengths, once for all who ask."""
+    return cast(Function, torch.compile(function, dynamic=True))

@@ -45,17 +45,18 @@ class FusedLora(torch.autograd.Function):
 def _forward(
     rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``[N, out]`` y and ``[N, r]`` x Aᵀ."""
-    inner = rows @ a.T
-    return nn.functional.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scaling), inner
+    """Return ``[N, out]`` y and ``[N, r]`` s · x Aᵀ."""
+    inner = (rows @ a.T).mul_(scaling)
+    # The small product first: it is written and no more, and the large one reads it while it multiplies.
+    return nn.functional.linear(inner, b, bias).addmm_(rows, weight.T), inner
 
 
 def _backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, for_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return ∂L/∂x (empty unless ``for_x``), ∂L/∂A and ∂L/∂B."""
     rows, weight, a, b, inner = kept
     inner_gradient = (gradient @ b).mul_(scaling)
-    x_gradient = (gradient @ weight).addmm_(inner_gradient, a) if for_x else rows.new_empty(0)
-    return x_gradient, inner_gradient.T @ rows, (gradient.T @ inner).mul_(scaling)
+    x_gradient = (inner_gradient @ a).addmm_(gradient, weight) if for_x else rows.new_empty(0)
+    return x_gradient, inner_gradient.T @ rows, gradient.T @ inner
 
 
 # torch.compile would take the function apart, trace dozens of operations a layer, and add into copies. To it, these are

@@ -21,6 +21,7 @@ from aligngym.alignment.captured_passes import CapturedPasses
 from aligngym.alignment.compilation import Compilation
 from aligngym.alignment.fused_lora import fuse_lora
 from aligngym.alignment.generation import Decoding, complete
+from aligngym.alignment.joint_products import lay_together
 from aligngym.alignment.log_probs import packed_log_probs, packed_values, padded_log_probs, padded_values
 from aligngym.alignment.models import decoder_layers, load_model
 from aligngym.alignment.packing import Packing, use_shared_prompt_attention
@@ -90,6 +91,7 @@ class LanguagePolicy(Policy):
         if critic:
             self._add_critic()
         fuse_lora(model)
+        lay_together(model)
         self._last: tuple[Any, Packing] | None = None
         self._layers: tuple[tuple[str, ...], list[AdapterLayer]] | None = None
         self._passes = CapturedPasses(self.causal_model)
@@ -188,6 +190,12 @@ class LanguagePolicy(Policy):
         ends = ends if isinstance(ends, list) else [ends]
         return sorted({end for end in [*ends, self.tokenizer.eos_token_id] if end is not None})
 
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        # What moves a model moves every weight to a place of its own.
+        super()._apply(*arguments, **options)
+        lay_together(self.model)
+        return self
+
     @property
     def steps_at_once(self) -> int | None:
         """How many tokens are best computed at once, in the memory that there is."""
@@ -212,7 +220,10 @@ class LanguagePolicy(Policy):
         # Entropies need all logits anyway, and a head that is trained needs gradients that the packed path leaves out.
         if not entropy and type(head) is nn.Linear and not head.weight.requires_grad:
             return self._packed_or_padded(
-                lambda: (packed_log_probs(causal, trajectories, temperature, *self._packed(trajectories)), None),
+                lambda: (
+                    packed_log_probs(causal, trajectories, temperature, *self._packed(trajectories), self.compiled),
+                    None,
+                ),
                 lambda: padded_log_probs(causal, trajectories, temperature=temperature),
             )
         return padded_log_probs(causal, trajectories, entropy=entropy, temperature=temperature)
@@ -241,7 +252,7 @@ class LanguagePolicy(Policy):
         for layer in decoder_layers(self.causal_model):
             layer.compile(dynamic=True)
         # Otherwise the first layer, whose input has no gradient, would be compiled once more for itself.
-        self.causal_model.enable_input_require_grads()
+        self.causal_model.get_input_embeddings().register_forward_hook(_with_gradient)
         self._passes.reset(compiled=True)
 
     def _packed_or_padded(self, packed: Callable[[], Computed], padded: Callable[[], Computed]) -> Computed:
@@ -282,14 +293,11 @@ class LanguagePolicy(Policy):
         # (0, 1]: at 0 even a token without probability could be drawn.
         uniforms = 1 - torch.rand(len(prompts) * completions, how.max_new_tokens, generator=generator)
         at_once = max(1, (rows_at_once or len(uniforms)) // completions)
-        was_training = self.training
-        self.eval()
-        causal = self.causal_model
         as_reference = self._as_reference() if reference else contextlib.nullcontext()
-        with self._computing(), as_reference, merged_adapter(causal):
+        with self._without_randomness(), self._computing(), as_reference, self.merged_adapter():
             parts = [
                 complete(
-                    causal,
+                    self.causal_model,
                     self.tokenizer,
                     prompts[start : start + at_once],
                     completions,
@@ -301,7 +309,6 @@ class LanguagePolicy(Policy):
                 )
                 for start in range(0, max(1, len(prompts)), at_once)
             ]
-        self.train(was_training)
         rows = Trajectories.concatenate(parts)
         rows.group = torch.arange(len(prompts), device=self.device).repeat_interleave(completions)
         return rows
@@ -342,17 +349,23 @@ class LanguagePolicy(Policy):
         return self._layers[1]
 
     @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        # Going through all modules takes long, and makes a difference to those that draw random numbers.
-        was_training = self.training and self._passes.random
+    def _without_randomness(self) -> Iterator[None]:
+        # Going through all modules takes long, and makes a difference to those that draw random numbers; in a model
+        # that no packed path runs, perhaps to others.
+        was_training = self.training and (self._passes.random or not self.packed)
         if was_training:
             self.eval()
         try:
-            with self.using_adapter(REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None):
-                yield
+            yield
         finally:
             if was_training:
                 self.train()
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        name = REFERENCE_ADAPTER if REFERENCE_ADAPTER in self.model.peft_config else None
+        with self._without_randomness(), self.using_adapter(name):
+            yield
 
     def using_adapter(self, name: str | None) -> AbstractContextManager[None]:
         """Return a context in which another of the model's adapters is at work, or none.
@@ -360,6 +373,10 @@ class LanguagePolicy(Policy):
         Which parameters require gradients does not change.
         """
         return using_adapter(self._adapter_layers, name)
+
+    def merged_adapter(self) -> AbstractContextManager[None]:
+        """Return a context in which the adapter is added to the weights, where it can be."""
+        return merged_adapter(self.causal_model, self._adapter_layers)
 
     @torch.no_grad()
     def _packing_agrees(self) -> bool:
@@ -389,3 +406,7 @@ class LanguagePolicy(Policy):
                 stacklevel=3,
             )
         return agrees
+
+
+def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_(torch.is_grad_enabled())

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from aligngym.alignment.compilation import compiled
 from aligngym.alignment.packing import Attends, Packing, tokens_of
 from aligngym.core.trajectories import PADDING, Trajectories
 
@@ -38,25 +39,35 @@ class TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compile: bool = False
+    ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
+        softmax = compiled(_softmax) if compile else _softmax
         size = max(1, LOGITS_PER_CHUNK.get(hidden.device.type, 2**24) // len(weight))
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         jacobian = torch.empty_like(hidden) if needs_gradient else None
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            # Not logsumexp: on a processor its plain float32 sum loses two digits over a whole vocabulary.
-            log_table = F.linear(hidden[rows], weight, bias).log_softmax(dim=1, dtype=torch.float32)
-            log_probs[rows] = log_table.gather(1, targets[rows, None])[:, 0]
-            if jacobian is not None:
-                jacobian[rows] = weight[targets[rows]] - log_table.exp_().to(weight.dtype) @ weight
+            logits = F.linear(hidden[rows], weight, bias)
+            log_probs[rows], probabilities = softmax(logits, targets[rows], needs_gradient)
+            if jacobian is not None and probabilities is not None:
+                jacobian[rows] = weight[targets[rows]] - probabilities @ weight
         ctx.save_for_backward(jacobian)
         return log_probs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (jacobian,) = ctx.saved_tensors
-        return jacobian * gradients[0][:, None].to(jacobian.dtype), None, None, None
+        return jacobian * gradients[0][:, None].to(jacobian.dtype), None, None, None, None
+
+
+def _softmax(logits: Tensor, targets: Tensor, with_table: bool) -> tuple[Tensor, Tensor | None]:
+    """Return ``[N]`` log-probabilities of targets, and if asked ``[N, V]`` all probabilities."""
+    # Not logsumexp: on a processor its plain float32 sum loses two digits over a whole vocabulary.
+    log_table = logits.log_softmax(dim=1, dtype=torch.float32)
+    log_probs = log_table.gather(1, targets[:, None])[:, 0]
+    return log_probs, log_table.exp_().to(logits.dtype) if with_table else None
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, packing: Attends) -> Tensor:
@@ -88,6 +99,7 @@ def packed_log_probs(
     temperature: float = 1.0,
     packing: Packing | None = None,
     states: States | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """Return ``[B, T]`` log π(token) by the packed path, 0 where ``mask`` is false.
 
@@ -98,13 +110,15 @@ def packed_log_probs(
         temperature: what logits are divided by.
         packing: of the trajectories, if it is known already.
         states: what computes the hidden states, the model itself by default.
+        compile: whether torch compiles what lies between the head's products.
     """
     packing = packing or Packing.of(trajectories)
     head = cast(nn.Linear, model.get_output_embeddings())
     # Logits are linear in the hidden state, which is far smaller than they are.
     hidden = (states or partial(predicting_states, model))(packing) / temperature
     bias = None if head.bias is None else head.bias / temperature
-    return packing.scatter(TokenLogProbs.apply(hidden, head.weight, bias, packing.targets), trajectories.mask.shape)
+    log_probs = TokenLogProbs.apply(hidden, head.weight, bias, packing.targets, compile)
+    return packing.scatter(log_probs, trajectories.mask.shape)
 
 
 def packed_values(

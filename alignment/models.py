@@ -57,6 +57,11 @@ def _disable_dropout(model: PreTrainedModel) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+def draws_random_numbers(module: nn.Module) -> bool:
+    """Return whether a part of a model draws random numbers while it is trained."""
+    return (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the blocks that a model consists of, as far as transformers names them."""
     names = set(model._no_split_modules or ())

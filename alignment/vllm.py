@@ -12,7 +12,6 @@ from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from aligngym.alignment.adapters import merged_adapter
 from aligngym.alignment.data import pad_tokens
 from aligngym.alignment.generation import Decoding, completion_rows
 from aligngym.alignment.language_policy import LanguagePolicy
@@ -141,7 +140,7 @@ class VLLMWriter:
             self._connected = True
         # While weights are under way, the server has neither the old ones nor the new.
         self._sent = None
-        with merged_adapter(policy.causal_model):
+        with policy.merged_adapter():
             weights = dict(_plain_weights(policy))
             metadata = [(name, str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in weights.items()]
             self.client.update_named_params(metadata, iter(weights.items()))

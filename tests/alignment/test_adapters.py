@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from aligngym.alignment.adapters import merged_adapter
+from aligngym.alignment import adapters
 
 PROMPTS = [torch.tensor(tokens) for tokens in ([5, 6, 7, 8, 9, 10], [20], [30, 31, 32])]
 
@@ -18,7 +18,7 @@ class TestAdapters:
         flags = [parameter.requires_grad for parameter in policy.parameters()]
         with torch.no_grad():
             before = policy.model(tokens).logits
-            with merged_adapter(policy.causal_model):
+            with policy.merged_adapter():
                 layer = policy.causal_model.model.layers[0].self_attn.q_proj
                 assert layer.merged
                 assert not torch.equal(layer.base_layer.weight, weights[_name_of(policy, layer.base_layer.weight)])
@@ -53,7 +53,7 @@ class TestAdapters:
         tokens = torch.arange(1, 9)[None]
         with torch.no_grad():
             own = policy.model(tokens).logits
-            for context in (policy.using_adapter(None), merged_adapter(policy.causal_model)):
+            for context in (policy.using_adapter(None), policy.merged_adapter()):
                 with pytest.raises(KeyError), context:
                     raise KeyError
                 assert torch.equal(policy.model(tokens).logits, own)
@@ -61,7 +61,7 @@ class TestAdapters:
     def test_the_weights_stay_where_they_are(self, tiny_policy):
         policy = tiny_policy()
         places = [parameter.data_ptr() for parameter in policy.parameters()]
-        with merged_adapter(policy.causal_model):
+        with policy.merged_adapter():
             assert places == [parameter.data_ptr() for parameter in policy.parameters()]
         assert places == [parameter.data_ptr() for parameter in policy.parameters()]
 
@@ -86,9 +86,8 @@ class TestAdapters:
             return own(*arguments)
 
         if where == "while it merges":
-            layer = type(policy.causal_model.model.layers[0].self_attn.q_proj)
-            own = layer.get_delta_weight
-            monkeypatch.setattr(layer, "get_delta_weight", fails)
+            own = adapters._add
+            monkeypatch.setattr(adapters, "_add", fails)
         else:
             own = policy.causal_model.lm_head.forward
             monkeypatch.setattr(policy.causal_model.lm_head, "forward", fails)
