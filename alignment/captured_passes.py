@@ -12,7 +12,7 @@ import dataclasses
 import math
 import warnings
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ from aligngym.alignment.packing import Packing, runs_varlen
 #: A shape is captured when it comes up for this time: capturing takes about as long as two passes. Where layers are
 #: compiled the run is known to be long.
 CAPTURED_AT, COMPILED_AT = 2, 1
+
+#: Memory is taken for rows so many times as long as the first, because what shorter rows leave behind is too small for
+#: longer ones.
+ROOM = 1.25
 
 #: How many keys there may be for each token, most of which are seen by several sequences.
 KEYS_PER_TOKEN = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -65,6 +69,10 @@ class Shape(NamedTuple):
         longest = max(packing.longest, filled - tokens)
         sequences = packing.query_starts.shape[0]
         return cls(filled, enough[0], 1 << max(6, (sequences - 1).bit_length()), -(-longest // 1024) * 1024)
+
+    def longer(self, tokens: int) -> Shape:
+        """Return a shape of so many tokens that holds the same rows."""
+        return Shape(tokens, self.keys + tokens - self.tokens, self.sequences, max(self.longest, tokens))
 
 
 def blank(shape: Shape, packing: Packing) -> Packing:
@@ -123,7 +131,9 @@ class CapturedPasses:
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._seen: Counter[Any] = Counter()
         self._passes: dict[Any, _Pass | None] = {}
-        self._pools: defaultdict[Any, _Pool] = defaultdict(_Pool)
+        self._pools: dict[Any, _Pool] = {}
+        self._too_large: set[Any] = set()
+        self._places: tuple[int, ...] = ()
 
     def __call__(self, packing: Packing) -> Tensor:
         """Return ``[M, H]``, the last hidden states at the places that predict the policy's tokens."""
@@ -145,33 +155,61 @@ class CapturedPasses:
             return None
         with_gradient = torch.is_grad_enabled()
         adapters = self._layer and adapters_at_work(self._layer)
-        # Weights that have moved leave their graphs behind.
+        # Graphs of weights that have moved read where these were.
         places = tuple(weight.data_ptr() for weight in (next(self.model.parameters()), *self._parameters[:1]))
-        at_work = (with_gradient, adapters, places)
-        pool = self._pools[at_work]
-        if pool.in_use:
+        if places != self._places:
+            self.reset(self._compiled)
+            self._places = places
+        at_work = (with_gradient, adapters)
+        pool = self._pools.get(at_work)
+        if at_work in self._too_large or (pool and pool.in_use):
             return None
         key = (shape, at_work)
         self._seen[key] += 1
         if key not in self._passes and self._seen[key] >= (COMPILED_AT if self._compiled else CAPTURED_AT):
-            try:
-                parameters = self._parameters if with_gradient else []
-                self._passes[key] = _Pass(self.model, packing, shape, parameters, pool)
-            except RuntimeError as error:  # Too little memory, or a model that waits for its own results.
-                warnings.warn(f"a pass cannot be captured, so it takes longer: {error}", stacklevel=2)
-                torch.cuda.empty_cache()
-                self._passes[key] = None
+            self._passes[key] = self._capture(packing, shape, at_work)
         return self._passes.get(key)
+
+    def _capture(self, packing: Packing, shape: Shape, at_work: Any) -> _Pass | None:
+        """Return a new pass, or ``None`` where it cannot be captured."""
+        with_gradient, *_ = at_work
+        parameters = self._parameters if with_gradient else []
+        try:
+            pool = self._pools.get(at_work)
+            if pool is None or shape.tokens > pool.tokens:
+                self._forget(at_work)
+                longest = int(max(shape.tokens, min(ROOM * shape.tokens, self.memory.tokens))) // 128 * 128
+                pool = self._pools[at_work] = _Pool(longest)
+                _Pass(self.model, packing, shape.longer(longest), parameters, pool)
+            return _Pass(self.model, packing, shape, parameters, pool)
+        except RuntimeError as error:  # Too little memory, or a model that waits for its own results.
+            warnings.warn(f"a pass cannot be captured, so it takes longer: {error}", stacklevel=2)
+            if isinstance(error, torch.OutOfMemoryError):
+                self._forget(at_work)
+                self._too_large.add(at_work)
+            return None
+
+    def _forget(self, at_work: Any) -> None:
+        """Give the memory of some passes back."""
+        self._pools.pop(at_work, None)
+        self._passes = {key: found for key, found in self._passes.items() if key[1] != at_work}
+        torch.cuda.empty_cache()
 
 
 class _Pool:
     """The memory that the graphs of passes share which never run at the same time.
 
     A pass with gradients keeps its activations there until its backward pass has run, or nobody can ask for it.
+
+    Args:
+        tokens: of the longest row that there is room for, when a pass over it has been captured.
     """
 
-    def __init__(self) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        # Memory belongs to the stream that it was first used on.
+        self.memory, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+        self.handle: Any = self.memory.id
         self._owner: weakref.ref[_Owner] | None = None
 
     @property
@@ -212,9 +250,9 @@ class _Pass:
             self._capture(parameters, aliases)
 
     def _capture(self, parameters: list[nn.Parameter], aliases: list[nn.Parameter]) -> None:
-        stream = torch.cuda.Stream()
+        handle, stream = self.pool.handle, self.pool.stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self.pool.memory):
             # What is compiled or planned for a new length must be so before the capture.
             states = self._run()
             self._gradient = torch.zeros_like(states)
@@ -224,10 +262,10 @@ class _Pass:
         self.parameters = [parameters[number] for number in used]
         del states, found
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=self.pool.handle):
+        with torch.cuda.graph(self._forward, pool=handle, stream=stream):
             states = self._run()
         if aliases:
-            with torch.cuda.graph(self._backward, pool=self.pool.handle):
+            with torch.cuda.graph(self._backward, pool=handle, stream=stream):
                 gradients = torch.autograd.grad(states, [aliases[number] for number in used], self._gradient)
                 self._gradients = torch.cat([gradient.flatten() for gradient in gradients]).float()
         self._states = states.detach()

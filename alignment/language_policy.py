@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aligngym.alignment.adapters import AdapterLayer, adapter_layers, merged_adapter, using_adapter, without_casts
 from aligngym.alignment.captured_decoding import CachedWriter
 from aligngym.alignment.captured_passes import CapturedPasses
-from aligngym.alignment.compilation import Compilation
+from aligngym.alignment.compilation import Compilation, constant_numbers
 from aligngym.alignment.fused_lora import fuse_lora
 from aligngym.alignment.generation import Decoding, complete
 from aligngym.alignment.joint_products import lay_together
@@ -96,8 +96,8 @@ class LanguagePolicy(Policy):
         self._layers: tuple[tuple[str, ...], list[AdapterLayer]] | None = None
         self._passes = CapturedPasses(self.causal_model)
         self._writer = CachedWriter(self.causal_model)
-        self.packed = packed and self._packing_agrees()
         self.compiled = False
+        self.packed = packed and self._packing_agrees()
         if compile:
             self.compile_layers()
         elif compile is None:
@@ -337,6 +337,7 @@ class LanguagePolicy(Policy):
         with (
             torch.autocast(self.device.type, dtype=self.dtype, enabled=lower, cache_enabled=False),
             without_casts(self._adapter_layers, lower),
+            constant_numbers(self.compiled),
         ):
             yield
 

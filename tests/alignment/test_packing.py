@@ -1,12 +1,15 @@
 """The layout of packed rows, filled up or not, and the attention that takes all sequences at once."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from aligngym.alignment import captured_passes, packing
-from aligngym.alignment.captured_passes import CapturedPasses, Shape, blank, fill
-from aligngym.alignment.log_probs import hidden_states, packed_log_probs
+from aligngym.alignment.captured_passes import ROOM, CapturedPasses, Shape, blank, fill
+from aligngym.alignment.log_probs import hidden_states, packed_log_probs, predicting_states
 from aligngym.alignment.packing import Packing
 from aligngym.core.trajectories import Trajectories
 
@@ -150,7 +153,8 @@ class TestCapturing:
 
         monkeypatch.setattr(captured_passes, "_Pass", Pass)
         monkeypatch.setattr(captured_passes, "runs_varlen", lambda device, dtype: True)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "MemPool", lambda: SimpleNamespace(id=len(made)))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
         policy = tiny_policy()
         passes = CapturedPasses(policy.causal_model)
         passes.policy, passes.made = policy, made
@@ -163,9 +167,38 @@ class TestCapturing:
         passes(larger)
         assert not passes.made
         passes(same)
-        assert passes.made == [(Shape.of(first), True)]
+        # One that is longer takes the memory.
+        (longer, _), (shape, with_gradient) = passes.made
+        assert with_gradient
+        assert shape == Shape.of(first)
+        assert shape.tokens <= longer.tokens <= ROOM * shape.tokens
         passes(same)
-        assert len(passes.made) == 1
+        assert len(passes.made) == 2
+
+    def test_longer_rows_than_there_is_room_for_begin_anew(self, passes):
+        short, medium, long = (Packing.of(make([(90, [length, length])])) for length in (200, 130, 400))
+        for row in (short, short, medium, medium):
+            passes(row).sum().backward()
+        assert len(passes.made) == 3
+        for row in (long, long, short):
+            passes(row).sum().backward()
+        assert [shape for shape, _ in passes.made[4:]] == [Shape.of(long), Shape.of(short)]
+        assert passes.made[3][0].tokens >= Shape.of(long).tokens
+
+    def test_where_memory_does_not_suffice_nothing_is_captured(self, passes, monkeypatch):
+        def fails(*arguments):
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(captured_passes, "_Pass", fails)
+        row = Packing.of(make(BATCHES["pairs"]))
+        passes(row)
+        with pytest.warns(UserWarning, match="cannot be captured"):
+            states = passes(row)
+        torch.testing.assert_close(states, predicting_states(passes.model, row))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for length in (3, 3, 300, 300):
+                passes(Packing.of(make([(5, [length])])))
 
     def test_passes_without_gradients_and_those_of_the_reference_are_others(self, passes):
         row = Packing.of(make(BATCHES["pairs"]))
@@ -175,7 +208,7 @@ class TestCapturing:
                 passes(row)
                 with passes.policy.using_adapter(None):
                     passes(row)
-        assert [gradient for _, gradient in passes.made] == [True, False, False]
+        assert [gradient for _, gradient in passes.made[::2]] == [True, False, False]
 
     def test_not_while_somebody_may_want_the_gradients_of_another(self, passes):
         row = Packing.of(make(BATCHES["pairs"]))
@@ -198,9 +231,9 @@ class TestCapturing:
         for parameter in passes.policy.parameters():
             parameter.data = parameter.data.clone()
         passes(row)
-        assert len(passes.made) == 1
-        passes(row)
         assert len(passes.made) == 2
+        passes(row)
+        assert len(passes.made) == 4
 
 
 def test_parameters_are_replaced_while_a_pass_is_captured(tiny_policy):
