@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,23 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aligngym.alignment.adapters import AdapterLayer, adapter_layers, merged_adapter, using_adapter, without_casts
 from aligngym.alignment.captured_decoding import CachedWriter
-from aligngym.alignment.captured_passes import CapturedPasses
 from aligngym.alignment.compilation import Compilation, constant_numbers
 from aligngym.alignment.fused_lora import fuse_lora
 from aligngym.alignment.generation import Decoding, complete
 from aligngym.alignment.joint_products import lay_together
-from aligngym.alignment.log_probs import packed_log_probs, packed_values, padded_log_probs, padded_values
-from aligngym.alignment.models import decoder_layers, load_model
-from aligngym.alignment.packing import Packing, use_shared_prompt_attention
+from aligngym.alignment.model_evaluator import ModelEvaluator
+from aligngym.alignment.models import load_model
 from aligngym.core.policy import Evaluation, Policy
 from aligngym.core.randomness import seeded
 from aligngym.core.trajectories import Trajectories
-
-#: What the packed and the padded path compute alike.
-Computed = TypeVar("Computed")
-
-#: Tokens computed at once where they are padded rows, all of whose logits are there together.
-PADDED_TOKENS_AT_ONCE = 4096
 
 REFERENCE_ADAPTER = "reference"
 CRITIC_ADAPTER = "critic"
@@ -92,12 +83,15 @@ class LanguagePolicy(Policy):
             self._add_critic()
         fuse_lora(model)
         lay_together(model)
-        self._last: tuple[Any, Packing] | None = None
         self._layers: tuple[tuple[str, ...], list[AdapterLayer]] | None = None
-        self._passes = CapturedPasses(self.causal_model)
+        self._evaluator = ModelEvaluator(self.causal_model)
         self._writer = CachedWriter(self.causal_model)
-        self.compiled = False
-        self.packed = packed and self._packing_agrees()
+        if packed:
+            was_training = self.training
+            self.eval()
+            with self._computing():
+                self._evaluator.try_packing()
+            self.train(was_training)
         if compile:
             self.compile_layers()
         elif compile is None:
@@ -197,71 +191,41 @@ class LanguagePolicy(Policy):
         return self
 
     @property
+    def packed(self) -> bool:
+        """Whether rows are packed."""
+        return self._evaluator.packed
+
+    @packed.setter
+    def packed(self, packed: bool) -> None:
+        self._evaluator.packed = packed
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch compiles the model's layers."""
+        return self._evaluator.compiled
+
+    def compile_layers(self) -> None:
+        """Let torch compile the model's layers: the first steps after that take longer, all others less time."""
+        self._evaluator.compile_layers()
+
+    @property
     def steps_at_once(self) -> int | None:
         """How many tokens are best computed at once, in the memory that there is."""
-        if not self.packed:
-            return PADDED_TOKENS_AT_ONCE
         with self._computing():
-            return self._passes.memory.tokens_at_once
+            return self._evaluator.steps_at_once
 
     def forward(self, trajectories: Trajectories, *, entropy: bool = False) -> Evaluation:
         with self._computing():
-            log_probs, entropies = self._log_probs(trajectories, entropy)
-            return Evaluation(log_probs, entropies, self._values(trajectories) if self.has_critic else None)
+            log_probs, entropies = self._evaluator.log_probs(trajectories, self.temperature, entropy)
+            if self.value_head is None:
+                return Evaluation(log_probs, entropies, None)
+            with self.using_adapter(CRITIC_ADAPTER):
+                return Evaluation(log_probs, entropies, self._evaluator.values(trajectories, self.value_head))
 
     @torch.no_grad()
     def reference_log_probs(self, trajectories: Trajectories) -> Tensor:
         with self._as_reference(), self._computing():
-            return self._log_probs(trajectories)[0]
-
-    def _log_probs(self, trajectories: Trajectories, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        causal, temperature = self.causal_model, self.temperature
-        head = causal.get_output_embeddings()
-        # Entropies need all logits anyway, and a head that is trained needs gradients that the packed path leaves out.
-        if not entropy and type(head) is nn.Linear and not head.weight.requires_grad:
-            return self._packed_or_padded(
-                lambda: (
-                    packed_log_probs(causal, trajectories, temperature, *self._packed(trajectories), self.compiled),
-                    None,
-                ),
-                lambda: padded_log_probs(causal, trajectories, temperature=temperature),
-            )
-        return padded_log_probs(causal, trajectories, entropy=entropy, temperature=temperature)
-
-    def _values(self, trajectories: Trajectories) -> Tensor:
-        causal, head = self.causal_model, self.value_head
-        assert head is not None, "a policy without a critic has no values"
-        with self.using_adapter(CRITIC_ADAPTER):
-            return self._packed_or_padded(
-                lambda: packed_values(causal, head, trajectories, *self._packed(trajectories)),
-                lambda: padded_values(causal, head, trajectories),
-            )
-
-    def _packed(self, trajectories: Trajectories) -> tuple[Packing, CapturedPasses]:
-        """Return the layout of some rows, which policy, reference and critic share, and what runs the model on it."""
-        rows = (trajectories.observations, trajectories.actions, trajectories.mask, trajectories.group)
-        # The tensors themselves, which are kept so that no others can take their place, and how often they changed.
-        known = tuple((tensor, 0 if tensor is None else tensor._version) for tensor in rows)
-        if self._last is None or any(a is not b or m != n for (a, m), (b, n) in zip(known, self._last[0], strict=True)):
-            self._last = known, Packing.of(trajectories)
-        return self._last[1], self._passes
-
-    def compile_layers(self) -> None:
-        """Let torch compile the model's layers: the first steps after that take longer, all others less time."""
-        self.compiled = True
-        for layer in decoder_layers(self.causal_model):
-            layer.compile(dynamic=True)
-        # Otherwise the first layer, whose input has no gradient, would be compiled once more for itself.
-        self.causal_model.get_input_embeddings().register_forward_hook(_with_gradient)
-        self._passes.reset(compiled=True)
-
-    def _packed_or_padded(self, packed: Callable[[], Computed], padded: Callable[[], Computed]) -> Computed:
-        if self.packed:
-            try:
-                return packed()
-            except NotImplementedError as error:
-                warnings.warn(f"{error}; using padded rows for such batches, which is slower", stacklevel=4)
-        return padded()
+            return self._evaluator.log_probs(trajectories, self.temperature)[0]
 
     @torch.no_grad()
     def generate(
@@ -353,7 +317,7 @@ class LanguagePolicy(Policy):
     def _without_randomness(self) -> Iterator[None]:
         # Going through all modules takes long, and makes a difference to those that draw random numbers; in a model
         # that no packed path runs, perhaps to others.
-        was_training = self.training and (self._passes.random or not self.packed)
+        was_training = self.training and (self._evaluator.passes.random or not self.packed)
         if was_training:
             self.eval()
         try:
@@ -378,36 +342,3 @@ class LanguagePolicy(Policy):
     def merged_adapter(self) -> AbstractContextManager[None]:
         """Return a context in which the adapter is added to the weights, where it can be."""
         return merged_adapter(self.causal_model, self._adapter_layers)
-
-    @torch.no_grad()
-    def _packing_agrees(self) -> bool:
-        """Compare both paths on a few tokens: a model may mix tokens or shape logits in ways that packing misses."""
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        tokens = torch.arange(12, device=self.device) * 7 % vocabulary
-        actions = torch.stack([tokens[:5], tokens[5:10]])
-        probe = Trajectories(tokens[None, 5:].repeat(2, 1), actions, actions >= 0, group=torch.zeros(2))
-        was_training = self.training
-        self.eval()
-        causal = self.causal_model
-        own_attention = causal.config._attn_implementation
-        with self._computing():
-            padded, _ = padded_log_probs(causal, probe)
-            try:
-                agrees = use_shared_prompt_attention(causal) and torch.allclose(
-                    packed_log_probs(causal, probe), padded, atol=1e-4 if self.dtype == torch.float32 else 0.2
-                )
-            except Exception:  # A model that knows nothing of packing may fail at it in any way.
-                agrees = False
-        self.train(was_training)
-        if not agrees:
-            # Some models have no other attention that is right: Gemma 2 caps its scores, which SDPA cannot.
-            causal.set_attn_implementation(own_attention)
-            warnings.warn(
-                f"{type(causal).__name__} cannot share prompts between completions; using padded rows, which is slower",
-                stacklevel=3,
-            )
-        return agrees
-
-
-def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_(torch.is_grad_enabled())

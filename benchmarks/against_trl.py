@@ -160,9 +160,10 @@ def now() -> float:
 
 
 def peak_gib() -> float:
-    """Return the most memory that was in use: resident, or allocated on the GPU since the model was there."""
+    """Return the most memory that was taken: resident, or of the GPU since the model was there, with what is kept."""
     if CUDA:
-        return torch.cuda.max_memory_allocated() / 2**30
+        # Not what is allocated: that says nothing of what a captured graph writes to while it runs.
+        return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -40,11 +40,11 @@ def test_gradients_are_the_same_bit_for_bit(tiny_policy, rows, monkeypatch, part
     monkeypatch.setattr(
         activation_memory, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint.checkpoint(*a, **k)
     )
-    vars(policy._passes.memory)["tokens"] = 20
+    vars(policy._evaluator.passes.memory)["tokens"] = 20
     again = gradients(policy, rows, part)
     assert calls, "nothing was computed again"
     assert torch.equal(again, kept)
-    vars(policy._passes.memory)["tokens"] = 1000
+    vars(policy._evaluator.passes.memory)["tokens"] = 1000
     calls.clear()
     gradients(policy, rows, part)
     assert not calls, "activations that fit are kept"

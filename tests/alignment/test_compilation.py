@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
 from aligngym.alignment import compilation
-from aligngym.alignment.compilation import COST, SAVED, TIMED, Compilation
+from aligngym.alignment.compilation import COST, SAVED, TIMED, Compilation, constant_numbers
 
 
 class Policy:
@@ -61,3 +63,23 @@ def test_agents_ask_their_policy_for_its_callbacks(tiny_policy):
     (callback,) = policy.callbacks
     assert isinstance(callback, Compilation)
     assert not policy.compiled
+
+
+def test_with_constant_numbers_the_compiler_goes_through_a_layer_once():
+    class Layer(nn.Module):
+        scaling = 0.3
+
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x, scale=self.scaling).sin()
+
+    def calls(active):
+        torch._dynamo.reset()
+        counters.clear()
+        layer = Layer()
+        layer.compile(backend="aot_eager", dynamic=True)
+        with constant_numbers(active):
+            layer(torch.randn(1, 2, 3, 8))
+        return counters["stats"]["calls_captured"]
+
+    assert calls(True) == 2
+    assert calls(False) > 2

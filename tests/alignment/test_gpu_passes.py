@@ -76,7 +76,7 @@ def test_captured_passes_give_the_same_numbers(tiny_policy, batch, compiled):
         policy.compile_layers()
     rows = [make(BATCHES[batch], seed) for seed in range(4)]
     plain = [evaluated(policy, one) for one in rows]
-    assert len(policy._passes._passes) == 2, "a pass with gradients, and one without"
+    assert len(policy._evaluator.passes._passes) == 2, "a pass with gradients, and one without"
     again = [evaluated(policy, one) for one in rows]
     for one, other in zip(again, plain, strict=True):
         for number in range(3):
@@ -87,7 +87,7 @@ def test_captured_passes_give_the_same_numbers(tiny_policy, batch, compiled):
             if parameter.requires_grad:
                 parameter.mul_(1.5)
     captured = evaluated(policy, rows[0])
-    policy._passes.reset()
+    policy._evaluator.passes.reset()
     fresh = evaluated(policy, rows[0])
     assert relative(captured[0], again[0][0]) > 1e-3
     for number in range(3):

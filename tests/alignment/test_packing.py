@@ -260,7 +260,7 @@ def test_parameters_are_replaced_while_a_pass_is_captured(tiny_policy):
 def test_rows_are_laid_out_again_if_they_have_changed(tiny_policy, change):
     policy, rows = tiny_policy(), make(BATCHES["pairs"])
     before = policy(rows).log_probs
-    assert policy._packed(rows)[0] is policy._packed(rows)[0]
+    assert policy._evaluator.layout(rows) is policy._evaluator.layout(rows)
     if change == "in place":
         rows.actions[0, 0] = 250
     else:
