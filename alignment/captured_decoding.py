@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from aligngym.alignment.adapters import adapters_at_work
 from aligngym.alignment.compilation import compiled
 from aligngym.alignment.completions import Completions
-from aligngym.alignment.generation import Decoding
+from aligngym.alignment.generation import Decoding, Request
 from aligngym.alignment.joint_products import computing_jointly, joint_products
 from aligngym.alignment.log_probs import hidden_states
 from aligngym.alignment.packing import Packing
@@ -69,32 +69,24 @@ class CachedWriter:
         # A copy of the model has other weights, and makes its own.
         return type(self), (self.model,)
 
-    def begin(
-        self,
-        prompts: Sequence[Tensor],
-        copies: int,
-        decoding: Decoding,
-        end_tokens: Sequence[int],
-        uniforms: Tensor,
-        temperature: float,
-    ) -> int:
+    def begin(self, request: Request) -> int:
         """See :meth:`Writer.begin <aligngym.alignment.generation.Writer.begin>`."""
-        packing = Packing.of_prompts(prompts, self.model.device)
-        count, length = uniforms.shape
+        packing = Packing.of_prompts(request.prompts, self.model.device)
+        count, length = request.uniforms.shape
         self._make_room(count, length, packing.longest + length)
-        self._decoding = decoding
+        self._decoding = request.decoding
         # Graphs read these too.
-        ends = torch.tensor(list(end_tokens), dtype=torch.long, device=self.model.device)
-        self._ends = self._all_ends.setdefault(tuple(end_tokens), ends)
+        ends = torch.tensor(list(request.end_tokens), dtype=torch.long, device=self.model.device)
+        self._ends = self._all_ends.setdefault(tuple(request.end_tokens), ends)
         self._compiled = any(module._compiled_call_impl is not None for module in self._modules)
-        self._program = self._what_a_step_does(end_tokens)
-        self.completions.begin(uniforms, temperature)
+        self._program = self._what_a_step_does(request.end_tokens)
+        self.completions.begin(request.uniforms, request.temperature)
         # A prompt is computed once: that pays for no compilation.
         eager = torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
         with eager:
-            prefill = Prefill(packing, self.cache, copies, length)
+            prefill = Prefill(packing, self.cache, request.copies, length)
             hidden = hidden_states(self.model, packing.input_ids, packing.position_ids, prefill)
-        self._add(hidden[packing.predictors].repeat_interleave(copies, dim=0))
+        self._add(hidden[packing.predictors].repeat_interleave(request.copies, dim=0))
         return self.slots_for(count, count)
 
     def _make_room(self, rows: int, length: int, capacity: int) -> None:

@@ -78,21 +78,34 @@ class Decoding:
         return choose(scores, None if self.greedy else completions.next_uniforms(len(logits)))
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be written.
+
+    Attributes:
+        prompts: N prompts, token ids of any lengths.
+        copies: k, completions of every prompt.
+        decoding: how tokens are drawn.
+        end_tokens: tokens that end a completion.
+        uniforms: ``[N·k, T]`` random numbers in (0, 1], one for every token.
+        temperature: what logits are divided by.
+    """
+
+    prompts: Sequence[Tensor]
+    copies: int
+    decoding: Decoding
+    end_tokens: Sequence[int]
+    uniforms: Tensor
+    temperature: float = 1.0
+
+
 class Writer(Protocol):
     """A model that writes: the completions so far, and what it has computed of those that go on."""
 
     completions: Completions
 
-    def begin(
-        self,
-        prompts: Sequence[Tensor],
-        copies: int,
-        decoding: Decoding,
-        end_tokens: Sequence[int],
-        uniforms: Tensor,
-        temperature: float,
-    ) -> int:
-        """Write the first token of ``copies`` completions of each prompt; return how many slots are used.
+    def begin(self, request: Request) -> int:
+        """Write the first token of every completion; return how many slots are used.
 
         Raises:
             NotImplementedError: if this writer cannot compute such a batch.
@@ -148,13 +161,13 @@ def complete(
     if not len(prompts) or not all(map(len, prompts)):
         raise ValueError("there is no prompt" if not len(prompts) else "a prompt has no tokens")
     writer = writer or PlainWriter(model)
-    arguments = (prompts, completions, decoding, end_tokens, uniforms, temperature)
+    request = Request(prompts, completions, decoding, end_tokens, uniforms, temperature)
     try:
-        slots = writer.begin(*arguments)
+        slots = writer.begin(request)
     except NotImplementedError as error:
         warnings.warn(f"{error}; writing with transformers' own cache, which is slower", stacklevel=3)
         writer = PlainWriter(model)
-        slots = writer.begin(*arguments)
+        slots = writer.begin(request)
     _write_on(writer, slots, decoding, tokenizer)
     written = writer.completions
     actions, log_probs, ended = (x[: len(uniforms)] for x in (written.actions, written.log_probs, written.ended))
@@ -229,20 +242,13 @@ class PlainWriter(Writer):
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._cache = None if model._is_stateful else DynamicCache(config=model.config)
 
-    def begin(
-        self,
-        prompts: Sequence[Tensor],
-        copies: int,
-        decoding: Decoding,
-        end_tokens: Sequence[int],
-        uniforms: Tensor,
-        temperature: float,
-    ) -> int:
-        device = self.model.device
+    def begin(self, request: Request) -> int:
+        device, copies, uniforms = self.model.device, request.copies, request.uniforms
         self.completions = Completions(len(uniforms), uniforms.shape[1], device)
-        self.completions.begin(uniforms, temperature)
-        self._decoding, self._ends = decoding, torch.tensor(list(end_tokens), dtype=torch.long, device=device)
-        self._text = pad_tokens(list(prompts), side="left").to(device)
+        self.completions.begin(uniforms, request.temperature)
+        self._decoding = request.decoding
+        self._ends = torch.tensor(list(request.end_tokens), dtype=torch.long, device=device)
+        self._text = pad_tokens(list(request.prompts), side="left").to(device)
         logits = self._compute(self._text).repeat_interleave(copies, dim=0)
         self._text = self._text.repeat_interleave(copies, dim=0)
         if self._cache is not None and copies > 1:

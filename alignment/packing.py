@@ -157,9 +157,7 @@ class Packing:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         if self.keys.shape[0] != key.shape[0]:
             key, value = _Take.apply(key, self.keys), _Take.apply(value, self.keys)
-        return varlen_attention(
-            query, key, value, self.query_starts, self.key_starts, self.longest, self.longest, scaling, causal=True
-        )[None]
+        return varlen_attention(query, key, value, self.query_starts, self.key_starts, self.longest, scaling)[None]
 
     def _attend_one_by_one(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
@@ -306,13 +304,10 @@ def varlen_attention(
     value: Tensor,
     query_starts: Tensor,
     key_starts: Tensor,
-    longest_query: int,
-    longest_key: int,
+    longest: int,
     scaling: float | None = None,
-    *,
-    causal: bool = False,
 ) -> Tensor:
-    """Attend within S sequences that stand one after the other.
+    """Attend within S sequences that stand one after the other, in which a token sees those before it and itself.
 
     Where a sequence has fewer queries than keys, they are its last ones.
 
@@ -322,25 +317,15 @@ def varlen_attention(
         value: likewise.
         query_starts: where each sequence's queries begin, ``[S + 1]`` with the end; 32-bit.
         key_starts: where each sequence's keys begin, likewise.
-        longest_query: no sequence has more queries.
-        longest_key: no sequence has more keys.
+        longest: no sequence has more keys.
         scaling: of the products; 1/√head_dim by default.
-        causal: whether a token sees those before it and itself only, or all.
 
     Returns:
         ``[N, heads, head_dim]``.
     """
+    starts = query_starts, key_starts
     output: Tensor = varlen_attn(
-        query,
-        key,
-        value,
-        query_starts,
-        key_starts,
-        longest_query,
-        longest_key,
-        scale=scaling,
-        window_size=(-1, 0) if causal else (-1, -1),
-        **_GROUPED,
+        query, key, value, *starts, longest, longest, scale=scaling, window_size=(-1, 0), **_GROUPED
     )
     return output
 

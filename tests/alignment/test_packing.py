@@ -52,11 +52,8 @@ class Unread(torch.autograd.Function):
         return torch.cat([gradient[: ctx.end], torch.full_like(gradient[ctx.end :], torch.nan)]), None
 
 
-def plain_varlen(
-    query, key, value, query_starts, key_starts, longest_query, longest_key, scaling=None, *, causal=False
-):
+def plain_varlen(query, key, value, query_starts, key_starts, longest, scaling=None):
     """The kernel for sequences of several lengths, one sequence after the other; it takes what the kernel takes."""
-    assert causal
     assert query_starts[-1] == len(query), "every query is in a sequence, or its output is whatever was there"
     key, value = (Unread.apply(x, int(key_starts[-1])) for x in (key, value))
     outputs = []
@@ -66,8 +63,7 @@ def plain_varlen(
             for x, starts in ((query, query_starts), (key, key_starts), (value, key_starts))
         )
         own, seen = q.shape[1], k.shape[1]
-        assert own <= min(seen, longest_query)
-        assert seen <= longest_key
+        assert own <= seen <= longest
         if own:
             mask = torch.ones(own, seen, dtype=torch.bool).tril(seen - own)
             output = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
