@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Seconds that compiling a model's layers takes, and the share of a step that it saves.
-COST, SAVED = 30.0, 0.25
+COST, SAVED = 20.0, 0.25
 
 #: Iterations whose time says how long the others will take.
 TIMED = 5

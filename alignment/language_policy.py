@@ -53,7 +53,7 @@ class LanguagePolicy(Policy):
         critic: whether to add a critic, for PPO. Its values are 0 before training.
         temperature: of the policy itself, π = softmax(logits / temperature): it acts with it, and its log-probabilities
             are judged and trained with it, so the two cannot differ.
-        compile: whether torch compiles the model's layers, which takes half a minute and makes everything after that
+        compile: whether torch compiles the model's layers, which takes twenty seconds and makes everything after that
             faster; ``None``: on a GPU, once a run turns out to be long enough to earn it back.
         packed: whether log-probabilities may take the packed path. It is compared with the padded one on a few tokens
             here, and not used for a model where they differ.

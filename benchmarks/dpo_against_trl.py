@@ -75,9 +75,8 @@ def run_side(arguments: argparse.Namespace) -> Result:
     """Return the seconds of every step, and what they were for."""
     model, tokenizer = load(arguments)
     weights = sizes(model)
-    started = now()
     pairs = read_pairs(arguments, model, tokenizer)
-    result = (ours if arguments.side == "ours" else trl)(arguments, model, tokenizer, pairs, started)
+    result = (ours if arguments.side == "ours" else trl)(arguments, model, tokenizer, pairs, now())
     scored = [len(chosen) + len(rejected) for chosen, rejected in zip(pairs.chosen, pairs.rejected, strict=True)]
     tokens = [len(prompt) + count for prompt, count in zip(pairs.prompts, scored, strict=True)]
     per_step = {"tokens": by_step(tokens, arguments.batch_size), "scored": by_step(scored, arguments.batch_size)}
