@@ -7,6 +7,11 @@ tokens, 32 heads of 64 that share 4 keys: 15, 30 and 24 µs; reading the keys an
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,9 +42,19 @@ def masked_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling
     return F.scaled_dot_product_attention(shared, key, value, mask[:, None, None], scale=scaling).flatten(1, 2)
 
 
-def attends_rows(query: Tensor) -> bool:
-    """Return whether :func:`attend_rows` takes queries like these."""
-    return triton is not None and query.is_cuda and query.shape[-1] <= 256
+#: Of larger heads the kernel's tiles would not fit into a GPU's fast memory.
+LARGEST_HEAD = 256
+
+
+@functools.cache
+def has_row_kernel(device_type: str) -> bool:
+    """Return whether :func:`attend_rows` runs there: on CUDA, with triton and the C compiler that it calls."""
+    if device_type != "cuda" or triton is None:
+        return False
+    found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+    if not found:
+        warnings.warn("there is no C compiler for triton, so writing takes longer: install gcc", stacklevel=2)
+    return found
 
 
 # An operation of its own, so that a compiler does not look inside.
@@ -48,7 +63,7 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling
     """Attend in each row by one kernel that reads no more than the row sees.
 
     Args:
-        query: ``[B, heads, head_dim]`` on a CUDA device.
+        query: ``[B, heads, head_dim]``, with heads of at most :data:`LARGEST_HEAD`.
         key: ``[R, capacity, key_heads, head_dim]`` with R ≥ B, of which the first B rows are read.
         value: likewise.
         seen: ``[B]``, how many keys each row sees, at least 1.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aligngym.alignment.packing import Packing
-from aligngym.alignment.row_attention import attend_rows, attends_rows, masked_rows
+from aligngym.alignment.row_attention import LARGEST_HEAD, attend_rows, has_row_kernel, masked_rows
 
 #: Capacities are multiples of so many tokens, so that a somewhat longer prompt finds room too.
 CAPACITY_STEP = 256
@@ -48,6 +48,7 @@ class RowCache:
         self._rows = torch.arange(rows, device=device)
         self._columns = torch.arange(self.capacity, device=device)
         self._reach = 0
+        self._has_kernel = has_row_kernel(device.type)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -125,7 +126,7 @@ class RowCache:
         keys.index_put_(places, key[0].transpose(0, 1).to(keys.dtype))
         values.index_put_(places, value[0].transpose(0, 1).to(values.dtype))
         query = query[0].transpose(0, 1)
-        if attends_rows(query):
+        if self._has_kernel and query.shape[-1] <= LARGEST_HEAD:
             return attend_rows(query, keys, values, self._seen, scaling)[None]
         used = self._mask.shape[1]
         return masked_rows(query, keys[:rows, :used], values[:rows, :used], self._mask, scaling)[None]

@@ -1,9 +1,12 @@
 """Rows of a cache against attention written out row by row, and what is written with it against transformers."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
+from aligngym.alignment import row_attention
 from aligngym.alignment.packing import Packing
 from aligngym.alignment.row_cache import CAPACITY_STEP, Prefill, RowCache
 
@@ -116,3 +119,15 @@ def test_layers_have_the_tensors_only_while_attached(draw):
         raise KeyError
     assert not hasattr(layer, "cached_keys")
     assert not hasattr(layer, "cached_values")
+
+
+@pytest.mark.parametrize(("compiler", "expected"), [("gcc", True), ("clang", True), (None, False)])
+def test_the_kernel_needs_a_compiler(monkeypatch, compiler, expected):
+    monkeypatch.setattr(row_attention, "triton", object())
+    monkeypatch.setattr(row_attention.shutil, "which", lambda name: name if name == compiler else None)
+    monkeypatch.delenv("CC", raising=False)
+    row_attention.has_row_kernel.cache_clear()
+    with contextlib.nullcontext() if expected else pytest.warns(UserWarning, match="no C compiler"):
+        assert row_attention.has_row_kernel("cuda") == expected
+    assert not row_attention.has_row_kernel("cpu")
+    row_attention.has_row_kernel.cache_clear()
