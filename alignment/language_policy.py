@@ -23,7 +23,7 @@ from aligngym.alignment.joint_products import lay_together
 from aligngym.alignment.model_evaluator import ModelEvaluator
 from aligngym.alignment.models import load_model
 from aligngym.core.policy import Evaluation, Policy
-from aligngym.core.randomness import seeded
+from aligngym.core.randomness import evaluating, seeded
 from aligngym.core.trajectories import Trajectories
 
 REFERENCE_ADAPTER = "reference"
@@ -87,11 +87,8 @@ class LanguagePolicy(Policy):
         self._evaluator = ModelEvaluator(self.causal_model)
         self._writer = CachedWriter(self.causal_model)
         if packed:
-            was_training = self.training
-            self.eval()
-            with self._computing():
+            with evaluating(self), self._computing():
                 self._evaluator.try_packing()
-            self.train(was_training)
         if compile:
             self.compile_layers()
         elif compile is None:
@@ -317,14 +314,9 @@ class LanguagePolicy(Policy):
     def _without_randomness(self) -> Iterator[None]:
         # Going through all modules takes long, and makes a difference to those that draw random numbers; in a model
         # that no packed path runs, perhaps to others.
-        was_training = self.training and (self._evaluator.passes.random or not self.packed)
-        if was_training:
-            self.eval()
-        try:
+        matters = self.training and (self._evaluator.passes.random or not self.packed)
+        with evaluating(self) if matters else contextlib.nullcontext():
             yield
-        finally:
-            if was_training:
-                self.train()
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:

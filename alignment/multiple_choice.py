@@ -24,6 +24,7 @@ from aligngym.alignment.generation import Decoding
 from aligngym.alignment.language_policy import LanguagePolicy
 from aligngym.alignment.prompts import Problems
 from aligngym.alignment.verifiers import extract_choice
+from aligngym.core.randomness import evaluating
 from aligngym.core.statistics import Estimate
 from aligngym.core.trajectories import PADDING, Trajectories
 
@@ -233,27 +234,25 @@ def _probable_letters(
 ) -> list[str]:
     """Return the letter that is most probable after each prompt: letters are completions that share their prompt."""
     chosen: list[str] = []
-    was_training = policy.training
-    policy.eval()
-    for start in range(0, len(asked), batch_size):
-        numbers = range(start, min(start + batch_size, len(asked)))
-        counts = [len(asked[number].choices) for number in numbers]
-        actions = pad_tokens(
-            [
-                letter
-                for number in numbers
-                for letter in letter_tokens(problems.rows[number], len(asked[number].choices), policy.tokenizer)
-            ]
-        ).to(policy.device)
-        group = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        prompts = pad_tokens([problems.tokens[number] for number in numbers], side="left")
-        rows = Trajectories(
-            prompts[group].to(policy.device), actions, actions != PADDING, group=group.to(policy.device)
-        )
-        log_probs = policy.reference_log_probs(rows) if reference else policy(rows).log_probs
-        for scores in log_probs.sum(dim=1).split(counts):
-            chosen.append(LETTERS[int(scores.argmax())])
-    policy.train(was_training)
+    with evaluating(policy):
+        for start in range(0, len(asked), batch_size):
+            numbers = range(start, min(start + batch_size, len(asked)))
+            counts = [len(asked[number].choices) for number in numbers]
+            actions = pad_tokens(
+                [
+                    letter
+                    for number in numbers
+                    for letter in letter_tokens(problems.rows[number], len(asked[number].choices), policy.tokenizer)
+                ]
+            ).to(policy.device)
+            group = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+            prompts = pad_tokens([problems.tokens[number] for number in numbers], side="left")
+            rows = Trajectories(
+                prompts[group].to(policy.device), actions, actions != PADDING, group=group.to(policy.device)
+            )
+            log_probs = policy.reference_log_probs(rows) if reference else policy(rows).log_probs
+            for scores in log_probs.sum(dim=1).split(counts):
+                chosen.append(LETTERS[int(scores.argmax())])
     return chosen
 
 

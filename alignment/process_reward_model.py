@@ -24,6 +24,7 @@ from aligngym.alignment.step_labels import StepBatch, StepLabels
 from aligngym.core.gradient_agent import EpochOrder, GradientAgent
 from aligngym.core.objectives import bradley_terry
 from aligngym.core.policy import Policy
+from aligngym.core.randomness import evaluating
 from aligngym.core.schedules import Schedule
 from aligngym.core.statistics import wilson_interval
 from aligngym.core.storage import replacing
@@ -180,16 +181,14 @@ class ProcessRewardModel:
         """
         if len(prompts) != len(steps) or not all(steps):
             raise ValueError(f"{len(prompts)} prompts and {len(steps)} solutions, each of at least a step, are needed")
-        was_training = self.classifier.training
-        self.classifier.eval()
-        found: list[Tensor] = []
-        for start in range(0, len(prompts), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            rows = [self.tokens(*row) for row in zip(prompts[part], steps[part], strict=True)]
-            tokens, ends = (pad_tokens(list(column)) for column in zip(*rows, strict=True))
-            probabilities = self.classifier(StepBatch(tokens, ends, ends).to(self.device)).sigmoid().float().cpu()
-            found += [row[: len(end)] for row, (_, end) in zip(probabilities, rows, strict=True)]
-        self.classifier.train(was_training)
+        with evaluating(self.classifier):
+            found: list[Tensor] = []
+            for start in range(0, len(prompts), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                rows = [self.tokens(*row) for row in zip(prompts[part], steps[part], strict=True)]
+                tokens, ends = (pad_tokens(list(column)) for column in zip(*rows, strict=True))
+                probabilities = self.classifier(StepBatch(tokens, ends, ends).to(self.device)).sigmoid().float().cpu()
+                found += [row[: len(end)] for row, (_, end) in zip(probabilities, rows, strict=True)]
         return found
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:

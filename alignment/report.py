@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aligngym.alignment.language_policy import LanguagePolicy
 from aligngym.core.objectives import kl_estimate
+from aligngym.core.randomness import evaluating
 
 
 def kl_to_reference(
@@ -39,13 +40,11 @@ def kl_of_completions(
         options: of :meth:`LanguagePolicy.generate`.
     """
     samples = policy.generate(prompts, rows_at_once=rows_at_once, **options)
-    was_training = policy.training
-    policy.eval()
-    estimates = [
-        kl_estimate(policy(piece).log_probs, policy.reference_log_probs(piece), "k3").sum(dim=1)
-        for piece in samples.split(rows_at_once or len(samples))
-    ]
-    policy.train(was_training)
+    with evaluating(policy):
+        estimates = [
+            kl_estimate(policy(piece).log_probs, policy.reference_log_probs(piece), "k3").sum(dim=1)
+            for piece in samples.split(rows_at_once or len(samples))
+        ]
     return torch.cat(estimates)
 
 

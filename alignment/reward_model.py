@@ -26,6 +26,7 @@ from aligngym.alignment.scoring_head import (
     reward_adapter_on,
     score_last_real_token,
 )
+from aligngym.core.randomness import evaluating
 
 #: The name of a reward model's adapter on a policy.
 REWARD_ADAPTER = "reward"
@@ -210,16 +211,14 @@ class RewardModel:
         scores = torch.zeros(len(sequences))
         # Sequences of about the same length together, so that little padding is computed.
         order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
-        was_training = self.classifier.training
-        self.classifier.eval()
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            tokens = [sequences[row] for row in rows]
-            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
-            padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-            logits = self.classifier(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).logits
-            scores[rows] = logits[:, 0].float().cpu()
-        self.classifier.train(was_training)
+        with evaluating(self.classifier):
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                tokens = [sequences[row] for row in rows]
+                mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+                padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+                logits = self.classifier(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).logits
+                scores[rows] = logits[:, 0].float().cpu()
         return scores
 
     def tokens(self, prompt: Text, completion: Text) -> Tensor:
@@ -263,15 +262,12 @@ class _SharedClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
         (policy,) = self.policy
-        was_training = policy.training
-        policy.eval()
         self.head.to(policy.device)
-        with policy.using_adapter(REWARD_ADAPTER):
+        with evaluating(policy), policy.using_adapter(REWARD_ADAPTER):
             backbone = cast(nn.Module, policy.causal_model.base_model)
             scores = last_token_scores(
                 backbone, self.head, input_ids.to(policy.device), attention_mask.to(policy.device)
             )
-        policy.train(was_training)
         return SequenceClassifierOutput(logits=scores)
 
 

@@ -17,6 +17,7 @@ from aligngym.alignment.demonstrations import Demonstrations, load_demonstration
 from aligngym.alignment.language_policy import LanguagePolicy
 from aligngym.alignment.trl_trainers import TrainerAgent
 from aligngym.core.callbacks import Callback
+from aligngym.core.randomness import evaluating
 from aligngym.core.schedules import Schedule
 
 
@@ -140,13 +141,11 @@ def evaluate_demonstrations(
         ``loss``, the mean of −log π over all learned tokens, in nats; ``perplexity``, e to the loss; and both for the
         reference, as ``reference_loss`` and ``reference_perplexity``.
     """
-    was_training = policy.training
-    policy.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
-    for rows in torch.arange(len(demonstrations)).split(batch_size):
-        batch = demonstrations[rows].to(policy.device)
-        for number, log_probs in enumerate((policy(batch).log_probs, policy.reference_log_probs(batch))):
-            sums[number] -= log_probs.double().sum().cpu()
-    policy.train(was_training)
+    with evaluating(policy):
+        sums = torch.zeros(2, dtype=torch.float64)
+        for rows in torch.arange(len(demonstrations)).split(batch_size):
+            batch = demonstrations[rows].to(policy.device)
+            for number, log_probs in enumerate((policy(batch).log_probs, policy.reference_log_probs(batch))):
+                sums[number] -= log_probs.double().sum().cpu()
     losses = dict(zip(("loss", "reference_loss"), (sums / demonstrations.num_learned).tolist(), strict=True))
     return losses | {name.replace("loss", "perplexity"): math.exp(loss) for name, loss in losses.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from aligngym.alignment.data import pad_tokens
 from aligngym.alignment.generation import Decoding, completion_rows
 from aligngym.alignment.language_policy import LanguagePolicy
-from aligngym.core.randomness import derived_seed
+from aligngym.core.randomness import derived_seed, evaluating
 from aligngym.core.trajectories import Trajectories
 
 #: Prompts that the server is asked about at a time.
@@ -121,9 +121,8 @@ class VLLMWriter:
         rows = _as_trajectories(policy, prompts, answers, completions, how).to(policy.device)
         if how.greedy and policy.temperature != 1:
             # Greedily, vLLM knows of no temperature.
-            was_training = policy.training
-            rows.log_probs = policy.eval()(rows).log_probs
-            policy.train(was_training)
+            with evaluating(policy):
+                rows.log_probs = policy(rows).log_probs
         return rows
 
     def update(self, policy: LanguagePolicy) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def derived_seed(*numbers: int) -> int:
@@ -22,3 +23,14 @@ def seeded(*numbers: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derived_seed(*numbers))
         yield
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Let a module draw no random numbers for a block, such as those of dropout."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
