@@ -76,6 +76,7 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling
     rows, heads, size = query.shape
     key_heads = key.shape[2]
     shared, padded = heads // key_heads, max(16, triton.next_power_of_2(size))
+    large = padded * key.element_size() > 256
     _attend_row[(rows, key_heads)](
         query,
         key,
@@ -89,9 +90,9 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling
         SHARED=shared,
         # A product of matrices has at least sixteen rows and columns.
         QUERIES=max(16, triton.next_power_of_2(shared)),
-        KEYS=64 if padded * key.element_size() <= 256 else 32,
+        KEYS=32 if large else 64,
         num_warps=2,
-        num_stages=3 if padded * key.element_size() <= 256 else 2,
+        num_stages=2 if large else 3,
     )
     return output
 

@@ -38,6 +38,7 @@ def test_every_layer_gets_its_own_part_of_one_product(monkeypatch):
         with computing_jointly([product]):
             up = model.up_proj(x + 1)
             gate = model.gate_proj(x)
+            torch.testing.assert_close(model.up_proj(x + 1), up)
         torch.testing.assert_close(gate, expected[0])
         torch.testing.assert_close(up, model.up_proj(x + 1))
     assert type(model.gate_proj) is nn.Linear

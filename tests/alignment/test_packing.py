@@ -176,6 +176,7 @@ class TestCapturing:
         for row in (short, short, medium, medium):
             passes(row).sum().backward()
         assert len(passes.made) == 3
+        assert passes.made[0][0].tokens > Shape.of(short).tokens
         for row in (long, long, short):
             passes(row).sum().backward()
         assert [shape for shape, _ in passes.made[4:]] == [Shape.of(long), Shape.of(short)]
